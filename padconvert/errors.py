@@ -1,0 +1,54 @@
+"""Every error padconvert raises on purpose. The exit code is part of the class.
+
+    PadconvertError            1    internal, the parent of all
+    ├── UsageError             2    the call's words are off; output exists; a changed resume
+    ├── PolicyError            3    the policy cannot be read, checked or applied
+    ├── FileError              4    a file cannot be read, used or written; labels out of range; NaN weights
+    ├── NothingEligibleError   5    no layer of the source can or may be converted
+    ├── UnsafeError            6    the file asks for code that nobody named trusted
+    ├── VerificationError      7    a receipt does not hold; non-finite loss or scores
+    ├── GateError              8    a bound the user set was not met
+    └── Interrupted          130    stopped by the user; `--work-dir` resumes
+
+A message says where, what, and the next step.
+"""
+
+from __future__ import annotations
+
+
+class PadconvertError(Exception):
+    """The parent of every deliberate error. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UsageError(PadconvertError):
+    exit_code = 2
+
+
+class PolicyError(PadconvertError):
+    exit_code = 3
+
+
+class FileError(PadconvertError):
+    exit_code = 4
+
+
+class NothingEligibleError(PadconvertError):
+    exit_code = 5
+
+
+class UnsafeError(PadconvertError):
+    exit_code = 6
+
+
+class VerificationError(PadconvertError):
+    exit_code = 7
+
+
+class GateError(PadconvertError):
+    exit_code = 8
+
+
+class Interrupted(PadconvertError):
+    exit_code = 130

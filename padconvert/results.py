@@ -1,0 +1,127 @@
+"""What a run has to say, as plain values: `convert.py` and `verify.py` fill these in, `report/` shows them.
+
+The field names are the keys of the JSON documents (`padconvert.convert/1`, `padconvert.verify/1`): more may be
+added, none renamed. Metrics are fractions from 0 to 1, sizes are bytes, times are seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from padconvert.words import Reason, Verdict
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    path: str
+    kind: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Parameters and bytes beside both neighbours. `bytes_output` is the whole file."""
+
+    params_source: int
+    params_output: int
+    params_fully_dynamic: int
+    bytes_source: int
+    bytes_output: int
+    bytes_fully_dynamic: int
+    bytes_values: int
+    bytes_masks: int
+    bytes_router: int
+    bytes_header: int
+    dynamic_ratio: float  # dynamic share of the converted layers' weight entries
+    macs_source: int | None = None
+    macs_router: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerResult:
+    name: str
+    aliases: tuple[str, ...]
+    kind: str
+    verdict: Verdict
+    reason: Reason
+    granularity: str | None
+    num_experts: int | None
+    dynamic_ratio: float | None
+    n_static: int | None
+    n_dynamic: int | None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Equality:
+    """The first promise: source against rewritten model before any training, in eval mode.
+
+    `method` is "forward" (outputs) or "weights" (max |Σ π D − W| per layer, where no forward is possible);
+    `max_rel_diff` is max|Δ| / max|y|, held against `tolerance`.
+    """
+
+    method: str
+    max_abs_diff: float
+    max_rel_diff: float
+    tolerance: float
+    passed: bool
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Evaluation results. `static` and `fully_dynamic` are there with `--compare`: the same steps and batches."""
+
+    source: Metrics
+    output: Metrics
+    static: Metrics | None = None
+    fully_dynamic: Metrics | None = None
+    #: one plain sentence: what was gained over fine-tuning the static model, or that nothing was
+    verdict: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """All of one `convert` run. `output` is None for a dry run."""
+
+    source: SourceFile
+    output: OutputFile | None
+    totals: Totals
+    layers: tuple[LayerResult, ...]
+    equality: Equality | None
+    metrics: Comparison | None
+    route: str  # "trained" or "data-free"
+    seed: int
+    timing: dict[str, float]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    #: per round of the partition: step, ratio, number of dynamic entries; and the loss curve
+    history: tuple[dict[str, float], ...] = ()
+    schema: str = field(default="padconvert.convert/1")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    name: str
+    passed: bool
+    value: float | str | None
+    limit: float | str | None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    path: str
+    checks: tuple[Check, ...]
+    passed: bool
+    schema: str = field(default="padconvert.verify/1")

@@ -1,0 +1,44 @@
+"""What the walk says of a model: one `LayerInfo` a layer, with all its names and a reason code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from padconvert.words import Kind, Reason, Role
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """One layer of the source.
+
+    `name` is its first dotted name in module order, `aliases` all further names of the same module.
+    `macs` (multiply-adds per sample), `calls` (per forward), `order` (of the first call) and the shapes
+    (without the batch dimension) are None where no input was known.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    type: str  # class name, as in `Conv2d`
+    kind: Kind
+    role: Role
+    eligible: bool
+    reason: Reason
+    weight_shape: tuple[int, ...]
+    has_bias: bool
+    groups: int
+    dtype: str  # "float32", "bfloat16", …
+    macs: int | None = None
+    calls: int | None = None
+    order: int | None = None
+    input_shape: tuple[int, ...] | None = None
+    output_shape: tuple[int, ...] | None = None
+    detail: str = ""  # extra words for a person, e.g. which parent reads the weight
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """All layers of a model in module order, and how they were found."""
+
+    layers: tuple[LayerInfo, ...]
+    method: str  # "forward" (a real call was watched) or "tree" (the module tree only)
+    notes: tuple[str, ...] = ()  # what had to be assumed, and why a forward was not possible
