@@ -1,0 +1,45 @@
+# Every target sets itself up: `make test` in a fresh clone creates .venv, installs, and runs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One worker a core; each test process computes on one thread.
+TESTS := $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+
+.PHONY: help install test lint format demo clean
+
+help:
+	@echo "make demo    a small network learns, is converted, and is held beside its neighbours (under 3 minutes)"
+	@echo "make test    the tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make format  ruff's formatter and its safe fixes"
+	@echo "make clean   removes what the other targets made"
+
+install: $(STAMP)
+
+# PIP_CONSTRAINT, unlike -c, also holds in the isolated environment that builds this package.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
+	  "padconvert needs Python 3.11 or newer, $(PYTHON) is %d.%d; name another: make PYTHON=/path/to/python3" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  "$$(grep '^torch==' constraints.txt)" --editable '.[dev]'
+	@touch $@
+
+test: $(STAMP)
+	@OMP_NUM_THREADS=1 $(TESTS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+demo: $(STAMP)
+	@docs/demo/run $(abspath $(BIN)) demo
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,75 @@
+"""The command `padconvert`: runs the app, turns every error into one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from padconvert.errors import FileError, Interrupted, PadconvertError, UsageError
+
+BROKEN_PIPE = 141  # what a shell reports for a writer whose reader has left
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code (`padconvert.errors`); `arguments` default to `sys.argv`.
+
+    An error is a line on stderr; with `--json` it is one JSON document on stdout as well. An exception nobody
+    raised on purpose is exit code 1, and PADCONVERT_DEBUG=1 lets its traceback through.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        exit_code = _run(words)
+        sys.stdout.flush()
+        return exit_code
+    except BrokenPipeError:
+        # Python flushes stdout once more on its way out: give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except PadconvertError as error:
+        return _fail(words, error)
+    except Exception as error:
+        if os.environ.get("PADCONVERT_DEBUG"):
+            raise
+        return _fail(words, _deliberate(error))
+
+
+def _run(words: list[str]) -> int:
+    from padconvert.cli.app import app
+
+    returned = app(words, prog_name="padconvert", standalone_mode=False)
+    if returned == Interrupted.exit_code:  # how typer hands on a Ctrl-C
+        raise Interrupted("interrupted; nothing was written (a run with --work-dir can be resumed)")
+    return returned if isinstance(returned, int) else 0
+
+
+def _deliberate(error: Exception) -> PadconvertError:
+    """The error of our own that says the same as `error`."""
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's own, which it keeps private
+        return _usage(error)
+    if isinstance(error, OSError) and error.strerror:
+        return FileError(f"{error.filename or 'a file'}: {error.strerror}")
+    first_line = (str(error).splitlines() or [""])[0]
+    return PadconvertError(
+        f"internal: {type(error).__name__}: {first_line} (PADCONVERT_DEBUG=1 shows the traceback; please report it)"
+    )
+
+
+def _usage(error: Exception) -> UsageError:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "padconvert"
+    said = error.format_message().strip().rstrip(".")  # type: ignore[attr-defined]
+    return UsageError(f"{said or 'a command is missing'} ('{command} --help' lists what there is)")
+
+
+def _fail(words: list[str], error: PadconvertError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    if "--json" in words:
+        document = {"schema": "padconvert.error/1", "error": str(error), "exit_code": error.exit_code}
+        print(json.dumps(document, ensure_ascii=False))
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

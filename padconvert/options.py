@@ -1,0 +1,74 @@
+"""What one `convert` run was asked to do: the command line's words, checked for form but not yet acted on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+#: the option of the command line, as a field of `ConvertOptions`, and the policy key that it sets
+POLICY_KEYS = {
+    "dynamic_ratio": "defaults.dynamic_ratio",
+    "experts": "defaults.num_experts",
+    "granularity": "defaults.granularity",
+    "data": "data.train",
+    "eval_data": "data.eval",
+    "label_column": "data.label_column",
+    "steps": "train.steps",
+    "batch_size": "train.batch_size",
+    "lr": "train.lr",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """All that a `convert` run can be told. None or empty means: not said, the policy or the default decides.
+
+    `sets` are dotted policy keys with their values as written (`--set`); the fields named in `POLICY_KEYS` are
+    short forms of such keys. The policy checks all of these values.
+    """
+
+    output: Path | None = None
+    force: bool = False
+    # the policy
+    policy: Path | None = None
+    preset: str | None = None
+    sets: Mapping[str, object] = field(default_factory=dict)
+    dynamic_ratio: str | float | None = None
+    experts: int | None = None
+    granularity: str | None = None
+    working_file: Path | None = None  # padconvert.yaml of the working directory, when there is one
+    # how the source is read
+    arch: str | None = None
+    arch_args: Mapping[str, object] = field(default_factory=dict)
+    input_shape: tuple[int, ...] | None = None  # without the batch dimension
+    trust: tuple[str, ...] = ()
+    # data and training
+    data: tuple[str, ...] = ()
+    eval_data: tuple[str, ...] = ()
+    label_column: str | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    compare: bool = False
+    # the run
+    seed: int = 0
+    device: str = "cpu"
+    dry_run: bool = False
+    plan: Path | None = None
+    plan_out: Path | None = None
+    work_dir: Path | None = None
+
+    def overrides(self) -> dict[str, object]:
+        """Policy key → value for everything these options say about the policy; a short form wins over `sets`."""
+        said = {key: getattr(self, name) for name, key in POLICY_KEYS.items()}
+        short = {key: list(value) if isinstance(value, tuple) else value for key, value in said.items()}
+        return {**self.sets, **{key: value for key, value in short.items() if value not in (None, [])}}
+
+
+def option_of(key: str) -> str:
+    """The word of the command line that sets policy key `key`: `--dynamic-ratio`, else `--set KEY`."""
+    for name, dotted in POLICY_KEYS.items():
+        if dotted == key:
+            return "--" + name.replace("_", "-")
+    return f"--set {key}"
