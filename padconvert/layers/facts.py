@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from padconvert.words import Granularity, Kind, Routing
 
+#: what a convolution's call needs beside its weights
+CALL_OPTIONS = ("stride", "padding", "dilation", "groups", "padding_mode")
+
 
 @dataclass(frozen=True, slots=True)
 class LayerFacts:

@@ -1,0 +1,59 @@
+"""`PadConv1d`, `PadConv2d`, `PadConv3d`: partially dynamic convolutions (DY-Conv under a partition)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from padconvert.layers.facts import CALL_OPTIONS, LayerFacts
+from padconvert.layers.pad import PadLayer
+from padconvert.layers.paths import convolve
+
+
+class PadConv(PadLayer):
+    """A convolution whose weight is mixed per sample. Routed by the feature map's mean."""
+
+    spatial: int
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+
+    def _copy_call_options(self, facts: LayerFacts) -> None:
+        for name in CALL_OPTIONS:
+            setattr(self, name, getattr(facts, name))
+        # parents read these
+        self.out_channels = facts.weight_shape[0]
+        self.in_channels = facts.weight_shape[1] * facts.groups
+        self.kernel_size = facts.weight_shape[2:]
+
+    @property
+    def router_channels(self) -> int:
+        return self.in_channels
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """[B, C, *spatial] → [B, C]."""
+        return x.flatten(2).mean(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, *spatial] → [B, O, *spatial']; without a batch dimension as torch's layers."""
+        if x.dim() == self.spatial + 1:
+            return self.forward(x[None])[0]
+        return convolve(self, x)
+
+    def facts(self) -> LayerFacts:
+        return dataclasses.replace(super().facts(), **{name: getattr(self, name) for name in CALL_OPTIONS})
+
+
+class PadConv1d(PadConv):
+    spatial = 1
+
+
+class PadConv2d(PadConv):
+    spatial = 2
+
+
+class PadConv3d(PadConv):
+    spatial = 3

@@ -1,0 +1,268 @@
+"""`PadLayer`: what all partially dynamic layers share. Packed storage is its only form, in training and on disk.
+
+    W(b) = λ_d · m ⊙ Σ_k π_k(b) · D_k  +  λ_s · (1 − m) ⊙ W_s                                    (design §3)
+
+Its parameters and buffers are named as the checkpoint's tensors; `scale_logit` and the running state of the
+router exist only in training and are folded away before a layer is stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from padconvert.layers.facts import LayerFacts
+from padconvert.layers.packed import Units, UnitView, assemble, pack_bits, unpack_bits
+from padconvert.layers.routers import RouterLike, router_class
+from padconvert.words import Granularity, Kind, Routing
+
+PARTS = ("weight", "bias")
+
+
+class WeightFacts:
+    """What `layer.weight` gives: dtype, device and shape, which parents may read. Computing with it is an error."""
+
+    def __init__(self, shape: tuple[int, ...], like: Tensor) -> None:
+        self.shape = torch.Size(shape)
+        self.dtype = like.dtype
+        self.device = like.device
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Moved:
+    """A parameter that a partition replaced: where the old one's units are in the new one.
+
+    `new[..., to, :] = old[..., frm, :]` along `dim`; an optimizer's state moves the same way.
+    """
+
+    old: nn.Parameter | None
+    new: nn.Parameter | None
+    frm: Tensor
+    to: Tensor
+    dim: int
+
+
+class PadLayer(nn.Module, ABC):
+    """A partially dynamic layer. `facts` say its shape; see `upcycle` and `build_layer` for the ways to one."""
+
+    weight_static: nn.Parameter | None
+    weight_dynamic: nn.Parameter | None
+    bias_static: nn.Parameter | None
+    bias_dynamic: nn.Parameter | None
+    scale_logit: nn.Parameter | None
+
+    def __init__(self, facts: LayerFacts, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.kind = facts.kind
+        self.granularity = facts.granularity
+        self.num_experts = facts.num_experts
+        self.routing = facts.routing
+        self.router_name = facts.router
+        self.weight_shape = facts.weight_shape
+        self.has_bias = facts.has_bias
+        self._dtype = cast(torch.dtype, getattr(torch, facts.dtype))
+        self._copy_call_options(facts)
+        self.router: nn.Module = router_class(facts.router)(self.router_channels, facts.num_experts).to(device)
+        self.register_parameter("scale_logit", None)
+        for part, n_dynamic in (("weight", facts.n_dynamic), ("bias", facts.n_bias_dynamic)):
+            self._register_empty_part(part, n_dynamic, device)
+
+    @abstractmethod
+    def _copy_call_options(self, facts: LayerFacts) -> None:
+        """Keep what a call needs beside the weights (stride, padding, …)."""
+
+    @property
+    @abstractmethod
+    def router_channels(self) -> int:
+        """Channels of the pooled input."""
+
+    # ---- parts -------------------------------------------------------------------------------------------------
+
+    def view(self, part: str) -> UnitView:
+        """How the weight or the bias is cut into units."""
+        return UnitView(self.weight_shape if part == "weight" else self.weight_shape[:1], self.granularity)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return PARTS if self.has_bias else PARTS[:1]
+
+    def units(self, part: str) -> Units:
+        """Where the part's units belong."""
+        return Units(getattr(self, f"_{part}_dynamic_units"), getattr(self, f"_{part}_static_units"))
+
+    def _index_name(self, part: str) -> str | None:
+        """The buffer that stores a part's dynamic_mask; a `channel` bias goes with its filter."""
+        if self.granularity is Granularity.ELEMENT:
+            return "dynamic_bitmask" if part == "weight" else "bias_dynamic_bitmask"
+        return "dynamic_index" if part == "weight" else None
+
+    def _register_empty_part(self, part: str, n_dynamic: int, device: torch.device | str | None) -> None:
+        view = self.view(part)
+        exists = part in self.parts
+        n_static = view.units - n_dynamic
+        like = torch.zeros((), dtype=self._dtype, device=device)
+        static = like.new_zeros(n_static, *view.unit_shape)
+        dynamic = like.new_zeros(self.num_experts, n_dynamic, *view.unit_shape)
+        self.register_parameter(f"{part}_static", nn.Parameter(static) if exists and n_static else None)
+        self.register_parameter(f"{part}_dynamic", nn.Parameter(dynamic) if exists and n_dynamic else None)
+        mask = torch.arange(view.units, device=device if str(device) != "meta" else "cpu") < n_dynamic
+        self._register_units(part, Units.of_mask(mask))
+
+    def _register_units(self, part: str, units: Units) -> None:
+        """Keep the indices for the forward, and the stored form of the dynamic_mask beside them."""
+        self.register_buffer(f"_{part}_dynamic_units", units.dynamic, persistent=False)
+        self.register_buffer(f"_{part}_static_units", units.static, persistent=False)
+        name = self._index_name(part)
+        if name is not None:
+            mixed = part in self.parts and len(units.dynamic) > 0 and len(units.static) > 0
+            element = self.granularity is Granularity.ELEMENT
+            stored = (pack_bits(units.mask()) if element else units.dynamic.int()) if mixed else None
+            self.register_buffer(name, stored)
+
+    def reindex_(self) -> None:
+        """Recompute the indices from the stored dynamic_mask, after its buffer was loaded."""
+        for part in self.parts:
+            name = self._index_name(part) or "dynamic_index"
+            stored = getattr(self, name)
+            if stored is None:
+                continue
+            total = self.view(part).units
+            if self.granularity is Granularity.ELEMENT:
+                mask = unpack_bits(stored, total)
+            else:
+                mask = torch.zeros(total, dtype=torch.bool, device=stored.device).index_fill(0, stored.long(), True)
+            self._register_units(part, Units.of_mask(mask))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, *args, **kwargs)
+        self.reindex_()
+
+    # ---- the effective weight ----------------------------------------------------------------------------------
+
+    def scales(self) -> tuple[Tensor | float, Tensor | float]:
+        """(λ_s, λ_d): λ_d = 2·sigmoid(scale_logit), λ_s = 2 − λ_d; or both 1."""
+        if self.scale_logit is None:
+            return 1.0, 1.0
+        dynamic_scale = 2 * torch.sigmoid(self.scale_logit)
+        return 2 - dynamic_scale, dynamic_scale
+
+    def cut_part(self, part: str) -> tuple[Tensor | None, Tensor | None]:
+        """(static [N, S], dynamic [K, D, S]) with their scales, in the mixing dtype (at least fp32)."""
+        static_scale, dynamic_scale = self.scales()
+        view, dtype = self.view(part), self.mixing_dtype
+        static, dynamic = getattr(self, f"{part}_static"), getattr(self, f"{part}_dynamic")
+        return (
+            None if static is None else view.cut_packed(static).to(dtype) * static_scale,
+            None if dynamic is None else view.cut_packed(dynamic).to(dtype) * dynamic_scale,
+        )
+
+    def expert_tensors(self, part: str) -> Tensor:
+        """Every expert's full weight [K, *weight_shape] or bias [K, O], scaled, in the mixing dtype."""
+        static_NS, dynamic_KDS = self.cut_part(part)
+        full_KUS = assemble(static_NS, dynamic_KDS, self.units(part), self.num_experts)
+        return full_KUS.reshape(self.num_experts, *self.view(part).shape)
+
+    @property
+    def mixing_dtype(self) -> torch.dtype:
+        """π and the mix are computed in fp32, or fp64 for an fp64 layer."""
+        return torch.promote_types(self._dtype, torch.float32)
+
+    @property
+    def is_dynamic(self) -> bool:
+        return self.weight_dynamic is not None or self.bias_dynamic is not None
+
+    @property
+    def weight(self) -> WeightFacts:
+        """dtype, device and shape of the layer's weight. There is no single weight tensor to read."""
+        stored = self.weight_static if self.weight_static is not None else self.weight_dynamic
+        assert stored is not None
+        return WeightFacts(self.weight_shape, stored)
+
+    @abstractmethod
+    def pooled(self, x: Tensor) -> Tensor:
+        """What the router reads: [B, C], or [..., C] where single tokens are routed."""
+
+    def route(self, x: Tensor) -> Tensor:
+        """Routing weights π: [B, K], or [..., K] where single tokens are routed."""
+        with torch.autocast(x.device.type, enabled=False):
+            return cast(Tensor, self.router(self.pooled(x.to(self.mixing_dtype))))
+
+    # ---- partition ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def partition_(self, part: str, dynamic_mask: Tensor, mean_routing_K: Tensor) -> list[Moved]:
+        """Turn units static until only those of `dynamic_mask` [U] are dynamic.
+
+        A newly static entry takes the value that changes the function least, W_s = (λ_d/λ_s) Σ_k π̄_k D_k, with
+        π̄ = `mean_routing_K`. Masks only shrink: a unit that is static already cannot become dynamic.
+        Returns how the parameters moved, for the optimizer.
+        """
+        old = self.units(part)
+        assert bool((dynamic_mask <= old.mask()).all()), "a dynamic_mask only shrinks"
+        new = Units.of_mask(dynamic_mask)
+        static_NS, dynamic_KDS = self._joined(part, mean_routing_K)
+        view = self.view(part)
+        moved = [
+            self._replace(f"{part}_static", view.as_packed(static_NS[new.static]), old.static, new.static, dim=0),
+            self._replace(f"{part}_dynamic", view.as_packed(dynamic_KDS[:, new.dynamic]), old.dynamic, new.dynamic, 1),
+        ]
+        self._register_units(part, new)
+        return moved
+
+    def _joined(self, part: str, mean_routing_K: Tensor) -> tuple[Tensor, Tensor]:
+        """(unscaled static value of every unit [U, S], dynamic values at their places [K, U, S])."""
+        units, view, dtype = self.units(part), self.view(part), self.mixing_dtype
+        static, dynamic = getattr(self, f"{part}_static"), getattr(self, f"{part}_dynamic")
+        total = view.units
+        assert dynamic is not None, "there is nothing left to turn static"
+        cut_KDS = view.cut_packed(dynamic).to(dtype)
+        dynamic_KUS = cut_KDS.new_zeros(self.num_experts, total, view.size).index_copy(1, units.dynamic, cut_KDS)
+        static_scale, dynamic_scale = self.scales()
+        share_K = (mean_routing_K.double() / mean_routing_K.double().sum()).to(dynamic_KUS)
+        mean_US = torch.einsum("k,kus->us", share_K, dynamic_KUS)
+        static_US = mean_US * (dynamic_scale / static_scale)
+        if static is not None:
+            static_US = static_US.index_copy(0, units.static, view.cut_packed(static).to(dtype))
+        return static_US, dynamic_KUS
+
+    def _replace(self, name: str, value: Tensor, old_units: Tensor, new_units: Tensor, dim: int) -> Moved:
+        old = cast(nn.Parameter | None, getattr(self, name))
+        trainable = next(self.parameters()).requires_grad if old is None else old.requires_grad
+        kept = value.numel() > 0
+        new = nn.Parameter(value.to(self._dtype).contiguous(), requires_grad=trainable) if kept else None
+        self.register_parameter(name, new)
+        both = torch.isin(new_units, old_units)
+        frm = torch.searchsorted(old_units, new_units[both])
+        return Moved(old, new, frm, both.nonzero()[:, 0], dim)
+
+    # ---- what it is --------------------------------------------------------------------------------------------
+
+    def facts(self) -> LayerFacts:
+        """The shape of this layer: enough for `build_layer` to make an empty one like it."""
+        return LayerFacts(
+            kind=self.kind,
+            granularity=self.granularity,
+            num_experts=self.num_experts,
+            weight_shape=self.weight_shape,
+            dtype=str(self._dtype).removeprefix("torch."),
+            has_bias=self.has_bias,
+            n_dynamic=len(self.units("weight").dynamic),
+            n_bias_dynamic=len(self.units("bias").dynamic) if self.has_bias else 0,
+            router=self.router_name,
+            routing=self.routing,
+        )
+
+    def extra_repr(self) -> str:
+        share = len(self.units("weight").dynamic) / self.view("weight").units
+        return f"{self.weight_shape}, num_experts={self.num_experts}, {self.granularity}, dynamic={share:.3f}"
+
+    def pooling_is_per_token(self) -> bool:
+        return self.kind is Kind.LINEAR and self.routing is Routing.TOKEN
+
+    def routing_layer(self) -> RouterLike:
+        return cast(RouterLike, self.router)

@@ -1,0 +1,45 @@
+"""Aggregate: build W(b) for every sample by one matmul over all experts, then one grouped call for the batch.
+
+The cheapest of the plain forms where a sample's weight is small beside its feature map.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from padconvert.layers.paths.call import convolution
+
+if TYPE_CHECKING:
+    from padconvert.layers.conv import PadConv
+    from padconvert.layers.linear import PadLinear
+    from padconvert.layers.pad import PadLayer
+
+
+def mixed(layer: PadLayer, part: str, routing_BK: Tensor) -> Tensor:
+    """W(b) = Σ_k π_k(b) W_k for every sample: [B, *shape] in the mixing dtype."""
+    full = layer.expert_tensors(part)
+    with torch.autocast(full.device.type, enabled=False):
+        return (routing_BK.to(full.dtype) @ full.flatten(1)).reshape(len(routing_BK), *full.shape[1:])
+
+
+def convolve(layer: PadConv, x: Tensor) -> Tensor:
+    """A grouped convolution whose groups are the samples: [B, C, …] as [1, B·C, …]."""
+    batch = len(x)
+    routing_BK = layer.route(x)
+    weight = mixed(layer, "weight", routing_BK).flatten(0, 1)
+    bias = mixed(layer, "bias", routing_BK).flatten() if layer.has_bias else None
+    out = convolution(layer, x.flatten(0, 1)[None], weight, bias, batch * layer.groups)
+    return out.reshape(batch, layer.out_channels, *out.shape[2:])
+
+
+def project(layer: PadLinear, x: Tensor) -> Tensor:
+    """One weight a sample: [B, ..., C] → [B, ..., O]."""
+    routing_BK = layer.route(x)
+    weight_BOI = mixed(layer, "weight", routing_BK).to(x.dtype)
+    out_BTO = x.flatten(1, -2) @ weight_BOI.transpose(1, 2)
+    if layer.has_bias:
+        out_BTO = out_BTO + mixed(layer, "bias", routing_BK).to(x.dtype)[:, None]
+    return out_BTO.reshape(*x.shape[:-1], layer.out_features)

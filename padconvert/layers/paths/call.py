@@ -1,0 +1,39 @@
+"""The plain convolution behind every path: padding modes, and a batch of weights as groups."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from padconvert.layers.conv import PadConv
+
+_CONVOLUTIONS = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}
+
+
+def convolution(layer: PadConv, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """One convolution of `x` with the layer's stride, dilation and padding."""
+    x, padding = _padded(layer, x)
+    return _CONVOLUTIONS[layer.spatial](
+        x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), layer.stride, padding, layer.dilation, groups
+    )
+
+
+def _padded(layer: PadConv, x: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
+    """As torch's layers: every mode but "zeros" pads first and convolves without padding."""
+    if layer.padding_mode == "zeros":
+        return x, layer.padding
+    sides: list[int] = []
+    for dimension in reversed(range(layer.spatial)):
+        if layer.padding == "same":
+            total = layer.dilation[dimension] * (layer.kernel_size[dimension] - 1)
+            sides += [total // 2, total - total // 2]
+        elif layer.padding == "valid":
+            sides += [0, 0]
+        else:
+            amount = layer.padding[dimension]
+            assert isinstance(amount, int)
+            sides += [amount, amount]
+    return torch.nn.functional.pad(x, sides, mode=layer.padding_mode), (0,) * layer.spatial
