@@ -1,0 +1,221 @@
+"""The policy as frozen pydantic models: what may be written, and what every value must hold to.
+
+The models carry no defaults: those stand in `presets/paper.yaml`. A `Rule` leaves unsaid what it does not change.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+
+from padconvert.words import Role
+
+PACKAGE = Path(__file__).parent.parent
+MAX_PATTERN = 200  # characters of a rule's name pattern
+
+
+def names_in(folder: str) -> tuple[str, ...]:
+    """The names a folder of the package offers (`partition/scores`, …): its file names, listed without importing."""
+    return tuple(sorted(path.stem for path in (PACKAGE / folder).glob("*.py") if not path.stem.startswith("_")))
+
+
+def score_names() -> tuple[str, ...]:
+    return names_in("partition/scores")
+
+
+def router_names() -> tuple[str, ...]:
+    return names_in("layers/routers")
+
+
+def role_names() -> tuple[str, ...]:
+    return tuple(role.value for role in Role)
+
+
+def name_matcher(pattern: str) -> Callable[[str], bool]:
+    """A predicate on layer names: `re:` patterns must match the whole name, anything else is a glob.
+
+    Raises ValueError where a `re:` pattern does not compile or is longer than `MAX_PATTERN`.
+    """
+    if len(pattern) > MAX_PATTERN:
+        raise ValueError(f"the pattern has {len(pattern)} characters; {MAX_PATTERN} are allowed")
+    if not pattern.startswith("re:"):
+        return lambda name: fnmatch.fnmatchcase(name, pattern)
+    try:
+        compiled = re.compile(pattern.removeprefix("re:"))
+    except (re.error, OverflowError) as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+    return lambda name: compiled.fullmatch(name) is not None
+
+
+def _checked_pattern(pattern: str) -> str:
+    name_matcher(pattern)
+    return pattern
+
+
+def _decimal(value: object) -> object:
+    """YAML numbers as the decimal fraction that was written: 0.3 is 3/10, not the nearest double."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, (int, float, str, Decimal)):
+        try:
+            return Decimal(repr(value) if isinstance(value, float) else value).normalize()
+        except InvalidOperation:
+            return value
+    return value
+
+
+def _one_of(names: Callable[[], tuple[str, ...]]) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        if value not in names():
+            raise ValueError(f"{value!r} is none of {', '.join(names())}.")
+        return value
+
+    return check
+
+
+# 24 decimal places: enough for anyone, and a bound on the exact arithmetic that follows.
+Ratio = Annotated[Decimal, BeforeValidator(_decimal), Field(ge=0, le=1, decimal_places=24)]
+Experts = Annotated[int, Field(ge=2)]
+GranularityName = Literal["element", "channel", "neuron"]
+Scales = Literal["both", "none"]
+RoutingName = Literal["token", "sequence"]
+RoleName = Annotated[str, AfterValidator(_one_of(role_names)), Field(json_schema_extra={"enum": list(role_names())})]
+Pattern = Annotated[str, Field(min_length=1), AfterValidator(_checked_pattern)]
+Score = Annotated[str, AfterValidator(_one_of(score_names)), Field(json_schema_extra={"enum": list(score_names())})]
+Router = Annotated[str, AfterValidator(_one_of(router_names)), Field(json_schema_extra={"enum": list(router_names())})]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Word = Annotated[str, Field(min_length=1)]
+#: files, folders or `pkg.mod:function`; one alone needs no brackets
+Places = Annotated[tuple[Word, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class Choice(Section):
+    """How a layer is converted."""
+
+    convert: bool
+    dynamic_ratio: Ratio
+    num_experts: Experts
+    granularity: GranularityName
+    scales: Scales
+    router: Router
+    routing: RoutingName
+
+
+class Rule(Section):
+    """Which layers (all of `name`, `type`, `role` that are given must hold), and what differs from the defaults there.
+
+    A rule that matches asks for conversion unless it says `convert: false`.
+    """
+
+    name: Pattern | None = None
+    type: Word | None = None
+    role: RoleName | None = None
+    optional: bool = False
+    convert: bool | None = None
+    dynamic_ratio: Ratio | None = None
+    num_experts: Experts | None = None
+    granularity: GranularityName | None = None
+    scales: Scales | None = None
+    router: Router | None = None
+    routing: RoutingName | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Rule:
+        if self.name is None and self.type is None and self.role is None:
+            raise ValueError("a rule needs 'name', 'type' or 'role' to say which layers it is for")
+        if not self.overrides():
+            raise ValueError("the rule changes nothing; add 'convert' or another setting of 'defaults'")
+        return self
+
+    def overrides(self) -> dict[str, object]:
+        """The settings of `Choice` that the rule gives."""
+        return {key: value for key in Choice.model_fields if (value := getattr(self, key)) is not None}
+
+
+class Partition(Section):
+    score: Score
+    scope: Literal["global", "layer"]
+    rounds: Count
+    schedule: Literal["exponential", "linear"]
+    batches: Count
+    micro_batch: Count
+
+
+class Train(Section):
+    steps: Count
+    batch_size: Count
+    optimizer: Literal["sgd", "adamw"]
+    lr: Positive
+    momentum: BelowOne
+    weight_decay: NonNegative
+    router_lr_scale: NonNegative
+    warmup: Share
+    partitioning: Share
+    what: Literal["all", "converted"]
+    objective: Literal["auto", "task", "distill", "both"]
+    distill_weight: NonNegative
+    temperature_start: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    schedule: Literal["cosine", "constant"]
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> Train:
+        total = Decimal(repr(self.warmup)) + Decimal(repr(self.partitioning))
+        if total > 1:
+            raise ValueError(f"'warmup' and 'partitioning' are shares of the steps and add up to {total}, more than 1")
+        return self
+
+
+class Data(Section):
+    train: Places
+    eval: Places
+    layout: Literal["nchw", "nhwc"]
+    scale: Positive
+    mean: tuple[Finite, ...]
+    std: tuple[Positive, ...]
+    augment: tuple[Literal["crop", "flip"], ...]
+    text_columns: tuple[Word, ...]
+    label_column: Word
+    input_key: Word
+    label_key: Word
+    holdout: BelowOne
+    task: Word | None
+
+    @model_validator(mode="after")
+    def _as_many(self) -> Data:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"'mean' has {len(self.mean)} values and 'std' {len(self.std)}; give one each per channel")
+        return self
+
+
+class Policy(Section):
+    """A whole policy: nothing is left open."""
+
+    version: Literal[1]
+    extends: str
+    defaults: Choice
+    rules: tuple[Rule, ...]
+    partition: Partition
+    train: Train
+    data: Data
