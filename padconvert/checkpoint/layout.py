@@ -1,0 +1,190 @@
+"""Which tensors a checkpoint holds: names, dtypes and shapes out of the manifest, held against the header.
+
+Nothing here needs a tensor's values, so a file is refused before anything is allocated. The format's table is
+`expected_tensors`; the writer checks itself against it too, so the two directions cannot drift.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+from padconvert.checkpoint.header import Header, quote
+from padconvert.checkpoint.manifest import LayerEntry, Manifest
+from padconvert.errors import FileError
+from padconvert.layers.facts import LayerFacts
+from padconvert.words import Granularity, Kind, Routing
+
+Spec = tuple[str, tuple[int, ...]]
+
+_RANK = {Kind.CONV1D: 3, Kind.CONV2D: 4, Kind.CONV3D: 5, Kind.LINEAR: 2}
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def join(prefix: str, name: str) -> str:
+    """A dotted name; the root module's own is empty."""
+    return f"{prefix}.{name}" if prefix else name
+
+
+def channels(facts: LayerFacts) -> int:
+    """How many input channels (or features) the layer's router sees."""
+    return facts.weight_shape[1] * facts.groups
+
+
+def expected_tensors(entry: LayerEntry) -> dict[str, Spec]:
+    """Full name → (dtype, shape) of every tensor that this layer has in a checkpoint. Parts without units are absent.
+
+    Raises FileError where the facts contradict themselves, or name a router that is not there.
+    """
+    facts = entry.facts
+    check_facts(entry)
+    parts = _part("weight", entry, facts.weight_shape, facts.n_dynamic)
+    if facts.has_bias:
+        parts |= _part("bias", entry, facts.weight_shape[:1], facts.n_bias_dynamic)
+    parts |= _where_dynamic(facts)
+    for name, shape in _router_shapes(facts).items():
+        parts[f"router.{name}"] = ("float32", shape)
+    return {join(entry.name, name): spec for name, spec in parts.items()}
+
+
+def _part(part: str, entry: LayerEntry, shape: tuple[int, ...], n_dynamic: int) -> dict[str, Spec]:
+    """The static and the dynamic units of one tensor: entries in a row, or whole rows."""
+    facts = entry.facts
+    by_entry = facts.granularity is Granularity.ELEMENT
+    units, unit = (math.prod(shape), ()) if by_entry else (shape[0], shape[1:])
+    specs: dict[str, Spec] = {}
+    if n_dynamic < units:
+        specs[f"{part}_static"] = (facts.dtype, (units - n_dynamic, *unit))
+    if n_dynamic:
+        specs[f"{part}_dynamic"] = (facts.dtype, (entry.stored_experts, n_dynamic, *unit))
+    return specs
+
+
+def _where_dynamic(facts: LayerFacts) -> dict[str, Spec]:
+    """Bitmasks or the index, where there are both static and dynamic units to tell apart."""
+    rows, numel = facts.weight_shape[0], math.prod(facts.weight_shape)
+    specs: dict[str, Spec] = {}
+    if facts.granularity is Granularity.CHANNEL:
+        if 0 < facts.n_dynamic < rows:
+            specs["dynamic_index"] = ("int32", (facts.n_dynamic,))
+        return specs
+    if 0 < facts.n_dynamic < numel:
+        specs["dynamic_bitmask"] = ("uint8", (-(-numel // 8),))
+    if facts.has_bias and 0 < facts.n_bias_dynamic < rows:
+        specs["bias_dynamic_bitmask"] = ("uint8", (-(-rows // 8),))
+    return specs
+
+
+def _router_shapes(facts: LayerFacts) -> dict[str, tuple[int, ...]]:
+    # a router's name becomes a module's name: nothing but a plain word may get that far
+    if not (facts.router.isascii() and facts.router.isidentifier()):
+        raise FileError(f"{quote(facts.router)} is no router's name.")
+    from padconvert.layers.routers import tensor_shapes
+
+    try:
+        return tensor_shapes(facts.router, channels(facts), facts.num_experts)
+    except (ImportError, AttributeError):
+        raise FileError(f"no router {quote(facts.router)} here; is a newer padconvert needed?") from None
+
+
+def check_facts(entry: LayerEntry) -> None:
+    """Raises FileError where the facts of a layer cannot be true together."""
+    facts = entry.facts
+    if fault := next(_faults(facts), None):
+        raise FileError(f"layer {quote(entry.name)}: {fault}.")
+
+
+def _faults(facts: LayerFacts) -> Iterator[str]:
+    shape, spatial = facts.weight_shape, max(len(facts.weight_shape) - 2, 0)
+    if facts.kind not in _RANK or len(shape) != _RANK[facts.kind] or not all(0 < n < 2**63 for n in shape):
+        yield f"a weight of shape {list(shape)[:8]} is none of a {facts.kind}"
+        return
+    if facts.dtype not in _DTYPES:
+        yield f"dtype {quote(facts.dtype)} is none of {', '.join(_DTYPES)}"
+    if facts.num_experts < 2:
+        yield f"{facts.num_experts} experts; 2 are the fewest"
+    if facts.groups < 1 or shape[0] % facts.groups or (facts.groups > 1 and not spatial):
+        yield f"{facts.groups} groups do not divide {shape[0]} filters"
+    units = math.prod(shape) if facts.granularity is Granularity.ELEMENT else shape[0]
+    if not 0 <= facts.n_dynamic <= units:
+        yield f"{facts.n_dynamic} dynamic units out of {units}"
+    yield from _bias_faults(facts)
+    if (facts.routing is Routing.MAP) != (facts.kind is not Kind.LINEAR):
+        yield f"a {facts.kind} layer is not routed by {facts.routing}"
+    if facts.padding_mode not in _PADDING_MODES:
+        yield f"padding mode {quote(facts.padding_mode)} is none of {', '.join(_PADDING_MODES)}"
+    for name in ("stride", "padding", "dilation"):
+        value, least = getattr(facts, name), 0 if name == "padding" else 1
+        if isinstance(value, str) and value in ("same", "valid") and spatial:
+            continue
+        if isinstance(value, str) or len(value) != spatial or min(value, default=least) < least:
+            yield f"{name} {value!r:.60} is none of a {facts.kind}"
+
+
+def _bias_faults(facts: LayerFacts) -> Iterator[str]:
+    rows = facts.weight_shape[0]
+    if not facts.has_bias and facts.n_bias_dynamic:
+        yield f"{facts.n_bias_dynamic} dynamic bias entries without a bias"
+    elif not 0 <= facts.n_bias_dynamic <= rows:
+        yield f"{facts.n_bias_dynamic} dynamic bias entries out of {rows}"
+    elif facts.has_bias and facts.granularity is Granularity.CHANNEL and facts.n_bias_dynamic != facts.n_dynamic:
+        yield f"{facts.n_bias_dynamic} dynamic bias entries for {facts.n_dynamic} dynamic filters"
+
+
+def check_layout(manifest: Manifest, header: Header) -> None:
+    """Holds the manifest against the header, both ways. Raises FileError at the first difference."""
+    _check_names(manifest)
+    for entry in manifest.layers:
+        _check_layer(entry, header)
+    _check_inside(manifest, header)
+    _check_listed(manifest, header)
+    for alias, kept in manifest.aliases.items():
+        if alias in header.tensors or kept not in header.tensors:
+            raise FileError(f"{quote(alias)} cannot stand for {quote(kept)}: the one must be stored, the other not.")
+    for name in manifest.extra_tensors:
+        if name not in header.tensors and name not in manifest.aliases:
+            raise FileError(f"the extra tensor {quote(name)} is missing.")
+
+
+def _check_names(manifest: Manifest) -> None:
+    seen: set[str] = set()
+    for name in (name for entry in manifest.layers for name in (entry.name, *entry.aliases)):
+        if name in seen:
+            raise FileError(f"layer {quote(name)} stands in the manifest twice.")
+        seen.add(name)
+
+
+def _check_layer(entry: LayerEntry, header: Header) -> None:
+    expected = expected_tensors(entry)
+    for name, spec in expected.items():
+        slot = header.tensors.get(name)
+        if slot is None:
+            raise FileError(f"tensor {quote(name)} is missing.")
+        if (slot.dtype, slot.shape) != spec:
+            found = f"{slot.dtype} {list(slot.shape)}"
+            raise FileError(f"tensor {quote(name)} is {found}, the manifest says {spec[0]} {list(spec[1])}.")
+
+
+def _check_inside(manifest: Manifest, header: Header) -> None:
+    """Under a dynamic layer's name nothing may stand that the layer does not know."""
+    known = all_expected(manifest).keys() | set(manifest.extra_tensors)
+    layers = {entry.name for entry in manifest.layers}
+    for name in (*header.tensors, *manifest.aliases):
+        parts = name.split(".")
+        owners = [owner for n in range(len(parts)) if (owner := ".".join(parts[:n])) in layers]
+        if owners and name not in known:
+            raise FileError(f"tensor {quote(name)} is unexpected in the dynamic layer {quote(owners[0])}.")
+
+
+def _check_listed(manifest: Manifest, header: Header) -> None:
+    stored, listed = header.tensors.keys(), manifest.crc32.keys()
+    if missing := sorted(listed - stored):
+        raise FileError(f"tensor {quote(missing[0])} is missing.")
+    if unexpected := sorted(stored - listed):
+        raise FileError(f"tensor {quote(unexpected[0])} is unexpected: the manifest does not list it.")
+
+
+def all_expected(manifest: Manifest) -> Mapping[str, Spec]:
+    """`expected_tensors` of all layers."""
+    return {name: spec for entry in manifest.layers for name, spec in expected_tensors(entry).items()}

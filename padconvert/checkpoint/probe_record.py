@@ -1,0 +1,78 @@
+"""A model's outputs as a manifest stores them, and the distance of other outputs from them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from padconvert.checkpoint.manifest import ProbeOutput, ProbeRecord
+from padconvert.errors import FileError, VerificationError
+
+#: the most values of one output that are stored
+MAX_VALUES = 2048
+
+
+def record_outputs(outputs: Sequence[Tensor]) -> tuple[ProbeOutput, ...]:
+    """At most `MAX_VALUES` values of each output, taken at a fixed stride over all samples, and its max|y|."""
+    return tuple(_record(output.detach().cpu()) for output in outputs)
+
+
+def _record(output: Tensor) -> ProbeOutput:
+    # an odd stride meets every column of a row of even length, an even one might meet only one
+    stride = max(-(-output.numel() // MAX_VALUES), 1) | 1
+    kept = output.reshape(-1)[::stride].to(_stored_dtype(output.dtype))
+    finite = output.double()[output.isfinite()]
+    return ProbeOutput(
+        shape=tuple(output.shape),
+        dtype=_name(output.dtype),
+        max_abs=float(finite.abs().max()) if finite.numel() else 0.0,
+        stride=stride,
+        values=base64.b64encode(kept.contiguous().numpy().tobytes()).decode(),
+    )
+
+
+def compare_outputs(record: ProbeRecord, outputs: Sequence[Tensor]) -> tuple[float, float]:
+    """(max|Δ|, the largest max|Δ| / max|y| of an output) over the stored values; infinite where one is not finite
+    and the other differs. Raises VerificationError where number, shape or dtype differ, FileError for a bad record."""
+    if len(outputs) != len(record.outputs):
+        raise VerificationError(f"the model gives {len(outputs)} outputs, {len(record.outputs)} were recorded.")
+    max_abs = max_rel = 0.0
+    for number, (stored, output) in enumerate(zip(record.outputs, outputs, strict=True)):
+        found, wanted = (_name(output.dtype), tuple(output.shape)), (stored.dtype, stored.shape)
+        if found != wanted:
+            raise VerificationError(f"output {number} is {found[0]} {found[1]}, {wanted[0]} {wanted[1]} was recorded.")
+        difference = _distance(stored, output.detach().cpu(), number)
+        max_abs = max(max_abs, difference)
+        if difference:
+            max_rel = max(max_rel, difference / stored.max_abs if stored.max_abs else float("inf"))
+    return max_abs, max_rel
+
+
+def _distance(stored: ProbeOutput, output: Tensor, number: int) -> float:
+    values = _values(stored, _stored_dtype(output.dtype), number).double()
+    kept = output.reshape(-1)[:: stored.stride].double()
+    if len(kept) != len(values):
+        raise FileError(f"the probe's output {number} holds {len(values)} values, {len(kept)} belong there.")
+    same = (kept == values) | (kept.isnan() & values.isnan())
+    difference = (kept - values).abs().nan_to_num(nan=float("inf"))
+    return float(difference.masked_fill(same, 0.0).max()) if len(kept) else 0.0
+
+
+def _values(stored: ProbeOutput, dtype: torch.dtype, number: int) -> Tensor:
+    try:
+        data = bytearray(base64.b64decode(stored.values, validate=True))
+        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    except (binascii.Error, ValueError):
+        raise FileError(f"the probe's output {number} is damaged.") from None
+
+
+def _stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,115 @@
+"""Reading a checkpoint: the header is checked against the manifest first, tensors come lazily out of a memory map."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from padconvert.checkpoint.bitmask import PlacementChecks
+from padconvert.checkpoint.header import Header, header_of, open_regular, quote, read_metadata
+from padconvert.checkpoint.layout import check_layout
+from padconvert.checkpoint.manifest import KEY, Manifest, manifest_from_json
+from padconvert.checkpoint.tensor_bytes import crc32_of, tensor_of
+from padconvert.errors import FileError
+from padconvert.results import Check
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """The tensors of any safetensors file, each read when it is asked for."""
+
+    header: Header
+    _private: mmap.mmap
+    _shared: mmap.mmap
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor on the file's pages: nothing is read until it is used. It may be written to; the pages are private
+        to this process, so the file stays as it is. Raises FileError for a dtype unknown to torch."""
+        return tensor_of(self._private, self.header.tensors[name], self.header.data_start, name)
+
+    def crc32(self, name: str) -> int:
+        """The checksum of the tensor's bytes in the file, whatever was written to tensors handed out."""
+        slot, start = self.header.tensors[name], self.header.data_start
+        with memoryview(self._shared) as view:
+            return crc32_of(view[start + slot.begin : start + slot.end])
+
+
+def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
+    """Opens any safetensors file, its header checked. Raises FileError."""
+    with open_regular(path) as file:
+        header = header_of(file, path)
+        try:
+            private = mmap.mmap(file.fileno(), header.file_size, access=mmap.ACCESS_COPY)
+            shared = mmap.mmap(file.fileno(), header.file_size, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise FileError(f"{path}: cannot be mapped into memory: {error}.") from None
+    return TensorFile(header, private, shared)
+
+
+class Checkpoint:
+    """An open artefact. Its header and manifest agree; a bitmask or index is checked before it is handed out."""
+
+    def __init__(self, path: Path, file: TensorFile, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.header = file.header
+        self._file = file
+        self._checks = PlacementChecks(manifest)
+
+    def tensor(self, name: str, *, copy: bool = False) -> Tensor:
+        """The tensor of that name or alias. Without `copy` it lies on the file's pages and needs no memory until it
+        is used; writing to it never changes the file, but other tensors handed out under this name.
+        Raises FileError for an unknown name and for a bitmask or index that is not what the manifest says."""
+        stored = self.manifest.aliases.get(name, name)
+        if stored not in self.header.tensors:
+            raise FileError(f"{self.path}: there is no tensor {quote(name)}.")
+        tensor = self._file.tensor(stored)
+        try:
+            self._checks.check(stored, tensor)
+        except FileError as error:
+            raise FileError(f"{self.path}: {error}") from None
+        return tensor.clone() if copy else tensor
+
+    def tensors(self, *, copy: bool = False) -> dict[str, Tensor]:
+        """All tensors under all their names; the names of a tied tensor share one object."""
+        stored = {name: self.tensor(name, copy=copy) for name in self.header.tensors}
+        return stored | {alias: stored[kept] for alias, kept in self.manifest.aliases.items()}
+
+    def verify_crc(self) -> list[Check]:
+        """One check a tensor: the crc32 of its bytes against the manifest's."""
+        return [self._check_crc(name, wanted) for name, wanted in self.manifest.crc32.items()]
+
+    def _check_crc(self, name: str, wanted: int) -> Check:
+        found = self._file.crc32(name)
+        detail = "" if found == wanted else f"the bytes of {quote(name)} are damaged"
+        return Check(f"crc32 {name}", found == wanted, f"{found:08x}", f"{wanted:08x}", detail)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Opens an artefact. Only its header is read; every name, dtype, shape and count in it is checked.
+
+    Raises FileError where it is no artefact, newer than this code, damaged, or contradicts itself.
+    """
+    file = open_tensors(path)
+    text = file.header.metadata.get(KEY)
+    if text is None:
+        raise FileError(f"{path}: a safetensors file, but no padconvert artefact: it holds no manifest.")
+    try:
+        manifest = manifest_from_json(text)
+        check_layout(manifest, file.header)
+    except FileError as error:
+        raise FileError(f"{path}: {error}") from None
+    return Checkpoint(Path(path), file, manifest)
+
+
+def is_artefact(path: str | os.PathLike[str]) -> bool:
+    """Whether the file's header carries a manifest. A cut-short artefact still is one; a file of another kind, or
+    none at all, is not."""
+    try:
+        return KEY in read_metadata(path)
+    except FileError:
+        return False

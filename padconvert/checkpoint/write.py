@@ -1,0 +1,175 @@
+"""Writing a checkpoint: whole or not at all, and the same bytes for the same content.
+
+The header comes first in the file and holds every tensor's crc32, so the tensors are gone through twice: once for
+their checksums, once to be written. Either pass holds one tensor at a time, so a mapping that makes its tensors on
+demand streams.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from torch import Tensor
+
+from padconvert.checkpoint.bitmask import PlacementChecks
+from padconvert.checkpoint.header import Header, encode_header, quote
+from padconvert.checkpoint.layout import Spec, all_expected, check_layout
+from padconvert.checkpoint.manifest import KEY, Manifest, manifest_to_json
+from padconvert.checkpoint.tensor_bytes import crc32_of, place_of, spec_of, view_bytes
+from padconvert.errors import FileError, PadconvertError, UsageError
+
+#: bytes handed to the file and to sha256 at a time
+_PIECE = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """`bytes` is the whole file, `header_bytes` its header with the 8 length bytes."""
+
+    bytes: int
+    sha256: str
+    header_bytes: int
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    manifest: Manifest,
+    *,
+    force: bool = False,
+    source: str | os.PathLike[str] | None = None,
+) -> WrittenFile:
+    """Writes `tensors` and `manifest` to `path` in checkpoint format 1.
+
+    The manifest's `crc32` is filled in here; a tensor under several names is stored once, under its layer's first
+    name or else the first in sorted order, and the other names join `aliases`. `source` is the file the model came
+    from. Raises UsageError where `check_target` does, FileError where the tensors do not fit the manifest or the disk
+    refuses; the folder is then as it was before.
+    """
+    check_target(path, force=force, source=source)
+    specs, manifest = _survey(tensors, manifest)
+    encoded, header = encode_header(specs, {"format": "pt", KEY: manifest_to_json(manifest)})
+    check_layout(manifest, header)
+    target = Path(os.path.realpath(path))  # a link stays a link
+    try:
+        with _sibling(target) as (temporary, file):
+            digest = _write_all(file, encoded, header, manifest, tensors)
+            check_target(path, force=force, source=source)  # again: the file may have come up meanwhile
+            temporary.replace(target)
+            _sync_folder(target.parent)
+    except OSError as error:
+        raise FileError(f"{path}: {_explain(error, header.file_size)}") from None
+    return WrittenFile(header.file_size, digest, header.data_start)
+
+
+def check_target(
+    path: str | os.PathLike[str], *, force: bool = False, source: str | os.PathLike[str] | None = None
+) -> None:
+    """Raises UsageError if `path` exists without `force`, is no file, or is the source; FileError if its folder is
+    not there or cannot be written to. To be called before hours of work, not only after."""
+    try:
+        _check_target(Path(path), force, source)
+    except (OSError, ValueError) as error:  # a name too long, or with a zero byte in it
+        raise FileError(f"{path}: cannot be written: {error}.") from None
+
+
+def _check_target(path: Path, force: bool, source: str | os.PathLike[str] | None) -> None:
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise UsageError(f"{path} is a folder; name a file to write, for instance {target / 'model.pad.safetensors'}.")
+    if target.exists():
+        if source is not None and Path(source).exists() and target.samefile(source):
+            raise UsageError(f"{path} is the source itself, which is never overwritten; name another file with -o.")
+        if not target.is_file():
+            raise UsageError(f"{path} is no regular file; name another one with -o.")
+        if not force:
+            raise UsageError(f"{path} exists; --force replaces it, -o names another file.")
+    folder = target.parent
+    if not folder.is_dir():
+        raise FileError(f"{path}: the folder {folder} does not exist; make it first.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise FileError(f"{path}: the folder {folder} cannot be written to.")
+
+
+def _survey(tensors: Mapping[str, Tensor], manifest: Manifest) -> tuple[dict[str, Spec], Manifest]:
+    """The first pass: what is stored, the checksums, and which names mean the same tensor."""
+    expected = all_expected(manifest)
+    checks = PlacementChecks(manifest)
+    specs: dict[str, Spec] = {}
+    crc32: dict[str, int] = {}
+    aliases = dict(manifest.aliases)
+    places: dict[tuple[object, ...], str] = {}
+    for name in sorted(tensors, key=lambda name: (name not in expected, name)):
+        tensor = tensors[name]
+        spec = spec_of(name, tensor)
+        place = place_of(tensor)
+        kept = places.setdefault(place, name) if place else name
+        # looked up again so that both are alive: a freed tensor's address may have been given to this one
+        if kept != name and name not in expected and place_of(tensors[kept]) == place:
+            aliases[name] = kept
+            continue
+        if spec == expected.get(name):
+            checks.check(name, tensor)
+        specs[name] = spec
+        crc32[name] = crc32_of(view_bytes(tensor))
+    return specs, dataclasses.replace(manifest, crc32=crc32, aliases=aliases)
+
+
+def _write_all(
+    file: BinaryIO, encoded: bytes, header: Header, manifest: Manifest, tensors: Mapping[str, Tensor]
+) -> str:
+    """The second pass. Returns the sha256 of all that was written."""
+    sha256 = hashlib.sha256(encoded)
+    file.write(encoded)
+    for name in header.tensors:
+        data = view_bytes(tensors[name])
+        if crc32_of(data) != manifest.crc32[name]:
+            raise PadconvertError(f"tensor {quote(name)} changed while it was being written.")
+        for begin in range(0, len(data), _PIECE):
+            piece = data[begin : begin + _PIECE]
+            sha256.update(piece)
+            file.write(piece)
+    file.flush()
+    os.fsync(file.fileno())
+    return sha256.hexdigest()
+
+
+@contextlib.contextmanager
+def _sibling(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """A new file beside the target, gone again unless it was renamed. A kill leaves it behind, never a torn target."""
+    temporary = target.parent / f".padconvert-{secrets.token_hex(8)}.tmp"
+    # not tempfile: its files are private to the user, an artefact gets the permissions any new file gets
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield temporary, file
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """So that the new name outlives a power cut as the bytes do."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _explain(error: OSError, size: int) -> str:
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return f"the disk is full; the file needs {size} bytes. Free some space, or name another place with -o."
+        case errno.EROFS | errno.EACCES | errno.EPERM:
+            return f"its folder cannot be written to ({error.strerror}); name another place with -o."
+        case _:
+            return f"cannot be written: {error.strerror or error}."
