@@ -1,0 +1,26 @@
+"""Module (+ one watched forward where inputs are known) → `LayerInfo`s: verdict, reason code, aliases, role, MACs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from padconvert.walk.info import LayerInfo, Walk
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from padconvert.walk.spec import ProbeSpec
+
+__all__ = ["LayerInfo", "Walk", "walk"]
+
+
+def walk(module: nn.Module, probe: ProbeSpec | None = None) -> Walk:
+    """All convolution and linear layers of `module` in module order; `module` is left as it was.
+
+    With a `probe` one forward is watched in eval mode, which adds calls, order, shapes and multiply-adds, and finds
+    layers that are never called or whose weight is read from outside. A forward that fails raises nothing: the
+    method is then "tree", and a note has the first line of its error.
+    """
+    from padconvert.walk.tree import walk_tree  # torch: not wanted by `--help`
+
+    return walk_tree(module, probe)

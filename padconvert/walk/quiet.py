@@ -1,0 +1,68 @@
+"""Calling a module without leaving a trace on it."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# A module keeps these as dicts of its own, so a copy of `__dict__` alone would not bring them back.
+TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the first parameter or buffer lives; the CPU for a module without any."""
+    tensors = (tensor for group in (module.parameters(), module.buffers()) for tensor in group)
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Inside: eval mode, no gradients, no warnings. Afterwards: attributes, buffers and random state as before.
+
+    The mode is set by attribute, since a `train` of the module's own may do more than that (merge weights).
+    Parameters are not copied: a forward that writes into them under `no_grad` would show.
+    """
+    states = [_State(child) for child in module.modules()]
+    numbers = (random.getstate(), np.random.get_state())
+    devices = {tensor.device.index or 0 for tensor in module.parameters() if tensor.device.type == "cuda"}
+    with torch.random.fork_rng(sorted(devices)), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for state in states:
+                state.module.training = False
+            yield
+        finally:
+            for state in states:
+                state.restore()
+            random.setstate(numbers[0])
+            np.random.set_state(numbers[1])
+
+
+class _State:
+    """What one module looked like."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.attributes: dict[str, Any] = dict(module.__dict__)
+        self.tables = {name: dict(module.__dict__[name]) for name in TABLES}
+        self.buffers: list[tuple[Tensor, int, Tensor]] = [
+            (buffer, buffer._version, buffer.clone()) for buffer in module._buffers.values() if buffer is not None
+        ]
+
+    def restore(self) -> None:
+        for name, table in self.tables.items():
+            live = self.attributes[name]
+            live.clear()
+            live.update(table)
+        self.module.__dict__.clear()
+        self.module.__dict__.update(self.attributes)
+        for buffer, version, value in self.buffers:
+            if buffer._version != version:
+                buffer.copy_(value)
