@@ -84,7 +84,7 @@ def test_other_keys_and_several_inputs(tmp_path: Path) -> None:
 def test_a_file_with_inputs_alone_has_no_labels(tmp_path: Path) -> None:
     assert not open_eval(DataSpec(), [save(tmp_path / "a.npz", x=images(2))]).labelled
     both = save(tmp_path / "b.npz", x=images(2), other=images(2))
-    assert not open_eval(DataSpec(label_key=""), [both]).labelled
+    assert not open_eval(DataSpec(label_key="none"), [both]).labelled
     with pytest.raises(FileError, match=r"no array 'y' \(it holds other, x\).*data.label_key"):
         open_eval(DataSpec(), [both])
 
@@ -281,8 +281,8 @@ def test_streams_of_random_numbers_differ() -> None:
         (DataSpec(std=(0.1, 0.0)), "0 cannot divide"),
         (DataSpec(scale=0.0), "0 cannot divide"),
         (DataSpec(augment=("rotate",)), "'rotate' is unknown. Choose from crop, flip"),
-        (DataSpec(input_key="x,z", label_key="", augment=("flip",)), "need examples with one input"),
-        (DataSpec(input_key="flat", label_key="", augment=("flip",)), "needs images"),
+        (DataSpec(input_key="x,z", label_key="none", augment=("flip",)), "need examples with one input"),
+        (DataSpec(input_key="flat", label_key="none", augment=("flip",)), "needs images"),
     ],
 )
 def test_a_data_block_that_cannot_apply(tmp_path: Path, spec: DataSpec, message: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from padconvert.errors import FileError
 from padconvert.finetune.data.examples import TensorExamples, checked, tensors_of
-from padconvert.finetune.data.spec import DataPolicy, input_names
+from padconvert.finetune.data.spec import NO_LABELS, DataPolicy, input_names
 
 #: the next step where something else than numbers was found
 NUMBERS = "Save plain arrays of numbers"
@@ -32,16 +32,17 @@ def from_array_file(file: ArrayFile, path: Path, spec: DataPolicy) -> TensorExam
     A file that holds nothing but the inputs has no labels. Raises `FileError`, listing the names in the file.
     """
     keys, wanted, label_key = sorted(file.keys()), input_names(spec), spec.label_key
+    unlabelled = label_key == NO_LABELS and NO_LABELS not in keys
     for key in wanted:
         if key not in keys:
             raise FileError(f"{path}: holds no array '{key}'{_listed(keys)}. Name the inputs with data.input_key")
     others = sorted(set(keys) - set(wanted))
-    if label_key and label_key not in keys and others:
+    if not unlabelled and label_key not in keys and others:
         raise FileError(
             f"{path}: holds no array '{label_key}'{_listed(keys)}. "
-            "Name the labels with data.label_key, or set it to '' when there are none"
+            f"Name the labels with data.label_key, or set it to {NO_LABELS} when there are none"
         )
-    labels = file.tensor(label_key) if label_key and label_key in keys else None
+    labels = file.tensor(label_key) if label_key in keys else None
     inputs = {key: file.tensor(key) for key in wanted}
     return from_tensors(next(iter(inputs.values())) if len(inputs) == 1 else inputs, labels, str(path), spec)
 

@@ -26,13 +26,19 @@ class DataPolicy(Protocol):
     @property
     def text_columns(self) -> tuple[str, ...]: ...
     @property
-    def label_column(self) -> str | None: ...
+    def label_column(self) -> str: ...
     @property
     def input_key(self) -> str: ...
     @property
     def label_key(self) -> str: ...
     @property
+    def size(self) -> tuple[int, int] | None: ...
+    @property
     def holdout(self) -> float: ...
+
+
+#: as `label_key` or `label_column`: there are no labels
+NO_LABELS = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +53,11 @@ class DataSpec:
     std: tuple[float, ...] = ()
     augment: tuple[str, ...] = ()
     text_columns: tuple[str, ...] = ()
-    label_column: str | None = None
+    label_column: str = "label"
     input_key: str = "x"
     label_key: str = "y"
-    holdout: float = 0.1
     size: tuple[int, int] | None = None
-
-
-def image_size(spec: DataPolicy) -> tuple[int, int] | None:
-    """(height, width) that images are resized to, or None for as they are."""
-    size = getattr(spec, "size", None)
-    return (int(size[0]), int(size[1])) if size else None
+    holdout: float = 0.1
 
 
 def input_names(spec: DataPolicy) -> list[str]:
