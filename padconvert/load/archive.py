@@ -1,0 +1,85 @@
+"""torch's zip format: every member stored plain, named once, laid out without gaps to hide in.
+
+The directory is read by `zipfile`; each member's own header must agree with it, so that no other reader of the same
+file could see something else.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from pathlib import PurePosixPath
+
+from padconvert.errors import FileError, UnsafeError
+from padconvert.load.storages import MappedFile, Region
+
+_LOCAL = struct.Struct("<4s5H3I2H")
+_END_BYTES = 22
+
+
+def members(file: MappedFile) -> dict[str, Region]:
+    """Each member's name inside the archive's one top folder, and where its bytes lie.
+
+    Raises FileError for a damaged archive, UnsafeError for one that two readers would read differently.
+    """
+    try:
+        with file.path.open("rb") as handle, zipfile.ZipFile(handle) as archive:
+            infos, comment = archive.infolist(), archive.comment
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+        raise FileError(
+            f"{file.path}: a zip archive that is damaged or cut off ({error}). Save or download it again."
+        ) from error
+    _check_names(file, infos)
+    if comment or file.read(Region(file.size - _END_BYTES, 4)) != b"PK\x05\x06":
+        raise UnsafeError(f"{file.path}: bytes follow the zip archive's end. Save it again with torch.save.")
+    regions = {info.filename: _region(file, info) for info in infos}
+    _check_layout(file, infos, regions)
+    return {_inner(name): region for name, region in regions.items()}
+
+
+def _inner(name: str) -> str:
+    return name.split("/", 1)[1]
+
+
+def _check_names(file: MappedFile, infos: list[zipfile.ZipInfo]) -> None:
+    names = [info.filename for info in infos]
+    folded = {name.casefold() for name in names}
+    if len(folded) != len(names):
+        raise UnsafeError(f"{file.path}: two members of the archive have the same name. Save it again with torch.save.")
+    for name in names:
+        parts = PurePosixPath(name).parts
+        if len(parts) < 2 or name.startswith("/") or ".." in parts or "\\" in name or "/" + "/".join(parts) != "/" + name:
+            raise UnsafeError(f"{file.path}: member {name!r} is not a plain path. Save it again with torch.save.")
+    if len({name.split("/", 1)[0] for name in names}) > 1:
+        raise UnsafeError(f"{file.path}: the archive has more than one top folder. Save it again with torch.save.")
+
+
+def _region(file: MappedFile, info: zipfile.ZipInfo) -> Region:
+    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
+        raise UnsafeError(
+            f"{file.path}: member {info.filename!r} is compressed or encrypted; torch stores its members plain. "
+            "Load and save the model again with torch.save."
+        )
+    header = file.read(Region(info.header_offset, _LOCAL.size))
+    if len(header) < _LOCAL.size:
+        raise FileError(f"{file.path}: member {info.filename!r} is cut off. Save or download it again.")
+    magic, _, _, method, _, _, _, _, _, name_bytes, extra_bytes = _LOCAL.unpack(header)
+    start = info.header_offset + _LOCAL.size + name_bytes + extra_bytes
+    name = file.read(Region(info.header_offset + _LOCAL.size, name_bytes))
+    if magic != b"PK\x03\x04" or method != 0 or name != info.filename.encode():
+        raise UnsafeError(f"{file.path}: member {info.filename!r} contradicts its own header. Save it again.")
+    if start + info.file_size > file.size:
+        raise FileError(f"{file.path}: member {info.filename!r} is cut off. Save or download it again.")
+    return Region(start, info.file_size)
+
+
+def _check_layout(file: MappedFile, infos: list[zipfile.ZipInfo], regions: dict[str, Region]) -> None:
+    """The members follow one another from byte 0 without overlapping."""
+    end = 0
+    for info in sorted(infos, key=lambda info: info.header_offset):
+        if (end == 0 and info.header_offset != 0) or info.header_offset < end:
+            raise UnsafeError(
+                f"{file.path}: the archive does not begin at its first byte, or its members overlap. "
+                "Save it again with torch.save."
+            )
+        end = regions[info.filename].start + regions[info.filename].size

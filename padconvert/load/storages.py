@@ -1,0 +1,113 @@
+"""Tensors straight from a file's bytes: mapped, not read, and only where they fit their storage."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from padconvert.errors import FileError
+from padconvert.load.nodes import StorageNode, View
+from padconvert.load.reductions import DTYPE_BYTES
+
+# An expanded view (stride 0) may show more entries than are stored, up to this many.
+_MAX_EXPANDED = 1 << 24
+_MAX_COUNT = 1 << 48
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A run of bytes in a file."""
+
+    start: int
+    size: int
+
+
+class MappedFile:
+    """A file mapped copy-on-write: what is written into its tensors never reaches the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self.size = os.fstat(file.fileno()).st_size
+                self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if self.size else None
+        except OSError as error:
+            raise FileError(f"{path}: cannot be read ({error.strerror or error}).") from error
+
+    def map(self) -> mmap.mmap:
+        """The mapped bytes. Raises FileError for an empty file."""
+        if self.bytes is None:
+            raise FileError(f"{self.path}: the file is empty. Save or download it again.")
+        return self.bytes
+
+    def read(self, region: Region) -> bytes:
+        return self.map()[region.start : region.start + region.size]
+
+    def storage(self, region: Region) -> torch.UntypedStorage:
+        """The region as a storage; copied only where its place in the file is not aligned."""
+        if region.size == 0:
+            return torch.UntypedStorage(0)
+        raw = torch.frombuffer(self.map(), dtype=torch.uint8, count=region.size, offset=region.start)
+        if region.start % _ALIGNMENT:
+            raw = raw.clone()
+        return raw.untyped_storage()
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of this name. Raises FileError where this torch has none."""
+    dtype = getattr(torch, name, None)
+    if name not in DTYPE_BYTES or not isinstance(dtype, torch.dtype):
+        raise FileError(f"dtype {name} is not supported.")
+    return dtype
+
+
+class Storages:
+    """The storages of one pickle, and the tensors that are views of them. Shared storages stay shared."""
+
+    def __init__(self, file: MappedFile, regions: dict[str, Region]) -> None:
+        self.file = file
+        self.regions = regions
+        self.made: dict[str, torch.UntypedStorage] = {}
+
+    def check(self, storages: dict[str, StorageNode]) -> None:
+        """Raises FileError where a storage is not in the file, or is not as large as the pickle says."""
+        for key, node in storages.items():
+            region = self.regions.get(key)
+            width = DTYPE_BYTES[node.dtype] if node.dtype else 1
+            if region is None:
+                raise FileError(f"{self.file.path}: storage {key!r} is missing from the file. Download it again.")
+            if region.size != node.entries * width:
+                raise FileError(
+                    f"{self.file.path}: storage {key!r} has {region.size} bytes where its pickle says "
+                    f"{node.entries * width}. The file is damaged; save or download it again."
+                )
+
+    def tensor(self, view: View) -> Tensor:
+        """The tensor of this view. Raises FileError where it does not fit its storage."""
+        storage = self.made.get(view.storage)
+        if storage is None:
+            storage = self.made[view.storage] = self.file.storage(self.regions[view.storage])
+        check_view(view, self.regions[view.storage].size, str(self.file.path))
+        return torch.empty(0, dtype=torch_dtype(view.dtype)).set_(storage, view.offset, view.size, view.stride)  # type: ignore[call-overload,no-any-return]
+
+
+def check_view(view: View, storage_bytes: int, where: str) -> None:
+    """Raises FileError unless every entry of the view lies inside a storage of so many bytes."""
+    entries = storage_bytes // DTYPE_BYTES[view.dtype]
+    numel = math.prod(view.size)
+    counts = (view.offset, *view.size, *view.stride)
+    plain = len(view.size) == len(view.stride) and min(counts) >= 0 and max(counts) <= _MAX_COUNT
+    last = sum((size - 1) * stride for size, stride in zip(view.size, view.stride, strict=False)) if plain else 0
+    fits = view.offset + last + 1 <= entries if numel else view.offset <= entries
+    if not plain or not fits or numel > max(entries, _MAX_EXPANDED):
+        raise FileError(
+            f"{where}: a tensor of size {view.size}, stride {view.stride} and offset {view.offset} does not fit its "
+            f"storage {view.storage!r} of {entries} entries. The file is damaged; save or download it again."
+        )
