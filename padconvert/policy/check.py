@@ -32,11 +32,13 @@ def did_you_mean(word: str, words: list[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def _tuples(value: object) -> object:
-    """Strict models take tuples; YAML has lists."""
+def _tuples(value: object, path: Path_ = ()) -> object:
+    """Strict models take tuples; YAML has lists, and one data file alone needs no brackets."""
     if isinstance(value, dict):
-        return {key: _tuples(child) for key, child in value.items()}
-    return tuple(_tuples(child) for child in value) if isinstance(value, list) else value
+        return {key: _tuples(child, (*path, key)) for key, child in value.items()}
+    if path in (("data", "train"), ("data", "eval")) and isinstance(value, str):
+        return (value,)
+    return tuple(_tuples(child, (*path, 0)) for child in value) if isinstance(value, list) else value
 
 
 def _problem(detail: ErrorDetails, origins: Mapping[Path_, Origin]) -> Problem:

@@ -103,8 +103,6 @@ BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Word = Annotated[str, Field(min_length=1)]
-#: files, folders or `pkg.mod:function`; one alone needs no brackets
-Places = Annotated[tuple[Word, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
 class Section(BaseModel):
@@ -188,8 +186,9 @@ class Train(Section):
 
 
 class Data(Section):
-    train: Places
-    eval: Places
+    #: files, folders or `pkg.mod:function`; in YAML one alone needs no brackets
+    train: tuple[Word, ...]
+    eval: tuple[Word, ...]
     layout: Literal["nchw", "nhwc"]
     scale: Positive
     mean: tuple[Finite, ...]

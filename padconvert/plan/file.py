@@ -1,0 +1,75 @@
+"""`plan.json`: a plan written down, read back as strictly as it was written, and held against a source."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+from padconvert.errors import PolicyError
+from padconvert.plan.model import Plan
+from padconvert.policy.records import record_from_dict, record_to_dict
+from padconvert.walk.info import Walk
+from padconvert.words import Verdict
+
+SCHEMA = "padconvert.plan/1"
+
+
+def plan_to_json(plan: Plan) -> str:
+    """The plan as JSON text, stable to the byte."""
+    return json.dumps({"schema": SCHEMA, **record_to_dict(plan)}, indent=1, ensure_ascii=False) + "\n"
+
+
+def plan_from_json(text: str, label: str = "plan") -> Plan:
+    """The inverse of `plan_to_json`; `label` names the file. Raises PolicyError where anything is off."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PolicyError(f"{label}: this is not JSON: {error}") from None
+    schema = data.pop("schema", None) if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise PolicyError(f"{label}: schema is {schema!r}, not {SCHEMA!r}; write one with 'convert --plan-out FILE'")
+    try:
+        plan = record_from_dict(Plan, data)
+    except (ValueError, RecursionError) as error:
+        raise PolicyError(f"{label}: {error}; write it again with 'convert --plan-out'") from None
+    fault = _inconsistency(plan)
+    if fault:
+        raise PolicyError(f"{label}: {fault}; write it again with 'convert --plan-out'")
+    return plan
+
+
+def check_plan_fits(plan: Plan, walk: Walk, source_sha256: str | None) -> None:
+    """Raises PolicyError unless `plan` was made for this source (by sha256, if both are known) and these layers."""
+    again = "make a new one with 'convert --dry-run --plan-out FILE'"
+    if None not in (plan.source_sha256, source_sha256) and plan.source_sha256 != source_sha256:
+        raise PolicyError(
+            f"the plan was made for another source (sha256 {str(plan.source_sha256)[:12]}…, "
+            f"this one has {str(source_sha256)[:12]}…); {again}"
+        )
+    planned = {layer.info.name: layer.info for layer in plan.layers}
+    found = {info.name: info for info in walk.layers}
+    for name in [*found, *(planned.keys() - found.keys())]:
+        before, now = planned.get(name), found.get(name)
+        if before is None or now is None:
+            raise PolicyError(f"layer {name} is in the {'source' if now else 'plan'} only; {again}")
+        same = (before.type, before.weight_shape, before.dtype, before.has_bias, before.groups, before.eligible)
+        if same != (now.type, now.weight_shape, now.dtype, now.has_bias, now.groups, now.eligible):
+            raise PolicyError(f"layer {name} is not what the plan was made for; {again}")
+
+
+def _inconsistency(plan: Plan) -> str | None:
+    """What a hand-edited plan may get wrong that later stages rely on."""
+    names = Counter(layer.info.name for layer in plan.layers)
+    pooled = Counter(name for pool in plan.pools for name in pool.names)
+    for name, count in (names + pooled).items():
+        if names[name] != 1 or pooled[name] > 1:
+            return f"layer {name} is listed {count} times, or in a pool only"
+    for layer in plan.layers:
+        converted = layer.verdict is Verdict.CONVERT
+        if converted != (layer.choice is not None) or (converted and not layer.info.eligible):
+            return f"layer {layer.info.name}: verdict and choice contradict each other"
+        if converted and (layer.n_dynamic is None) != (layer.info.name in pooled):
+            return f"layer {layer.info.name}: n_dynamic is given by the layer or by one pool"
+        if layer.n_dynamic is not None and not 0 <= layer.n_dynamic <= layer.n_units:
+            return f"layer {layer.info.name}: n_dynamic {layer.n_dynamic} is not within its {layer.n_units} units"
+    return None

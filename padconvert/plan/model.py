@@ -1,0 +1,101 @@
+"""The plan's records: what happens to each layer, which layers are ranked together, and what it will cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Literal
+
+from padconvert.policy import Policy
+from padconvert.walk.info import LayerInfo
+from padconvert.words import Granularity, Reason, Routing, Verdict
+
+Route = Literal["trained", "data-free"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """How one layer is converted: the policy's settings, resolved for it."""
+
+    dynamic_ratio: Decimal
+    num_experts: int
+    granularity: Granularity
+    scales: Literal["both", "none"]
+    router: str
+    routing: Routing
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What happens to one layer.
+
+    `rule` is the index of the policy's rule that matched first. `choice` is None unless it is converted. `n_units`
+    counts entries (`element`) or filters (`channel`), 0 unless converted. `n_dynamic` counts units that stay dynamic;
+    None where a pool decides. `n_bias_dynamic` counts bias entries; with `channel` they go with their filters.
+    """
+
+    info: LayerInfo
+    verdict: Verdict
+    reason: Reason
+    rule: int | None
+    choice: LayerChoice | None
+    n_units: int
+    n_dynamic: int | None
+    n_bias_dynamic: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Layers whose units are ranked together (scope `global`): same ratio, granularity, number of experts and dtype.
+
+    Of their `n_entries` weight entries `target` stay dynamic: exactly with `element`, within one filter with
+    `channel`. Every layer of a pool keeps at least one dynamic and one static unit.
+    """
+
+    names: tuple[str, ...]
+    n_entries: int
+    target: int
+    ratio: Decimal
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Predicted numbers and bytes of the output, beside the source and the fully dynamic network (κ = 1, trained).
+
+    Numbers are what is stored, buffers too; a dynamic_mask is no number. `bytes_values` are the weights and biases
+    of converted layers, `bytes_masks` their bitmasks or indices; `bytes_output` is everything but the header.
+    Values and masks are exact, but for pools of filters: there values hold within one filter.
+    """
+
+    params_source: int
+    params_output: int
+    params_fully_dynamic: int
+    bytes_source: int
+    bytes_values: int
+    bytes_masks: int
+    bytes_router: int
+    bytes_untouched: int
+    bytes_output: int
+    bytes_fully_dynamic: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every decision of a conversion. `policy` is the one in force: without data its scope and score are the only ones.
+
+    `origins` says where each value of the policy was said, `notes` what a person should know.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    pools: tuple[Pool, ...]
+    cost: Cost
+    policy: Policy
+    route: Route
+    seed: int
+    source_sha256: str | None
+    origins: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def converted(self) -> tuple[LayerPlan, ...]:
+        return tuple(layer for layer in self.layers if layer.verdict is Verdict.CONVERT)
