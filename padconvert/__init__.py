@@ -1,0 +1,47 @@
+"""padconvert: turn a trained static PyTorch model into a partially dynamic one (PAD-Net, ACL 2023).
+
+The public names are imported when they are first used, so that `import padconvert` itself costs nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    __version__: str
+    from padconvert.errors import PadconvertError as PadconvertError
+    from padconvert.options import ConvertOptions as ConvertOptions
+
+#: public name → the module it lives in
+_HOMES = {
+    "ConvertOptions": "padconvert.options",
+    "PadconvertError": "padconvert.errors",
+}
+
+
+class _Package(ModuleType):
+    """Python binds a submodule to its parent when it is imported, and `padconvert.load` is a function as well as a
+    folder. Here the public name wins; `from padconvert.load import …` finds the folder all the same."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _HOMES and isinstance(value, ModuleType):
+            return
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> object:
+        if name == "__version__":
+            return import_module("importlib.metadata").version("padconvert")
+        if name not in _HOMES:
+            raise AttributeError(f"module 'padconvert' has no attribute {name!r}")
+        value: object = getattr(import_module(_HOMES[name]), name)
+        self.__dict__[name] = value
+        return value
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *_HOMES})
+
+
+sys.modules[__name__].__class__ = _Package

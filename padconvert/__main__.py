@@ -72,4 +72,6 @@ def _fail(words: list[str], error: PadconvertError) -> int:
 
 
 if __name__ == "__main__":
+    # `python -m` searches the working directory first; what lies there must not stand in for an installed package.
+    sys.path[:] = [entry for entry in sys.path if entry not in ("", os.getcwd())]
     sys.exit(main())

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from padconvert.policy import Option, Resolved, load_policy, set_overrides
+
 #: the option of the command line, as a field of `ConvertOptions`, and the policy key that it sets
 POLICY_KEYS = {
     "dynamic_ratio": "defaults.dynamic_ratio",
@@ -24,8 +26,8 @@ POLICY_KEYS = {
 class ConvertOptions:
     """All that a `convert` run can be told. None or empty means: not said, the policy or the default decides.
 
-    `sets` are dotted policy keys with their values as written (`--set`); the fields named in `POLICY_KEYS` are
-    short forms of such keys. The policy checks all of these values.
+    `sets` are policy settings as written, `train.steps=200`; the fields named in `POLICY_KEYS` are short forms of
+    such settings. The policy checks all of these values.
     """
 
     output: Path | None = None
@@ -33,8 +35,8 @@ class ConvertOptions:
     # the policy
     policy: Path | None = None
     preset: str | None = None
-    sets: Mapping[str, object] = field(default_factory=dict)
-    dynamic_ratio: str | float | None = None
+    sets: tuple[str, ...] = ()
+    dynamic_ratio: float | None = None
     experts: int | None = None
     granularity: str | None = None
     working_file: Path | None = None  # padconvert.yaml of the working directory, when there is one
@@ -60,15 +62,18 @@ class ConvertOptions:
     work_dir: Path | None = None
 
     def overrides(self) -> dict[str, object]:
-        """Policy key → value for everything these options say about the policy; a short form wins over `sets`."""
-        said = {key: getattr(self, name) for name, key in POLICY_KEYS.items()}
-        short = {key: list(value) if isinstance(value, tuple) else value for key, value in said.items()}
-        return {**self.sets, **{key: value for key, value in short.items() if value not in (None, [])}}
+        """What these options say about the policy, as `load_policy` takes it. A short form wins over `sets`.
 
+        Raises UsageError for a setting that is not KEY=VALUE.
+        """
+        said = set_overrides(self.sets)
+        for name, key in POLICY_KEYS.items():
+            value = getattr(self, name)
+            if value is not None and value != ():
+                plain = list(value) if isinstance(value, tuple) else value
+                said[key] = Option(plain, "--" + name.replace("_", "-"))
+        return said
 
-def option_of(key: str) -> str:
-    """The word of the command line that sets policy key `key`: `--dynamic-ratio`, else `--set KEY`."""
-    for name, dotted in POLICY_KEYS.items():
-        if dotted == key:
-            return "--" + name.replace("_", "-")
-    return f"--set {key}"
+    def resolve_policy(self) -> Resolved:
+        """The whole policy of this run and where each value was said. Raises PolicyError or UsageError."""
+        return load_policy(self.policy, self.preset, self.overrides(), self.working_file)

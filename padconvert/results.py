@@ -60,6 +60,11 @@ class LayerResult:
     n_static: int | None
     n_dynamic: int | None
     detail: str = ""
+    type: str = ""  # class name
+    role: str = ""
+    dtype: str = ""
+    weight_shape: tuple[int, ...] = ()
+    macs: int | None = None  # multiply-adds per sample, where an input was known
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,3 +130,68 @@ class Verification:
     checks: tuple[Check, ...]
     passed: bool
     schema: str = field(default="padconvert.verify/1")
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What a file holds. Of a source, the `_output` and `_fully_dynamic` numbers are what the policy would make.
+
+    `params` counts every tensor once. Predicted bytes leave the header out; they are None where nothing is known.
+    """
+
+    layers: int
+    converted: int
+    params_source: int | None
+    params_output: int | None
+    params_fully_dynamic: int | None
+    bytes_source: int | None
+    bytes_output: int | None
+    bytes_fully_dynamic: int | None
+    bytes_values: int | None = None
+    bytes_masks: int | None = None
+    bytes_router: int | None = None
+    bytes_header: int | None = None
+    dynamic_ratio: float | None = None
+    macs_source: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What `inspect` found. `trained` and `provenance` are of an artefact, and None for a source."""
+
+    path: str
+    kind: str
+    bytes: int
+    totals: Holdings
+    layers: tuple[LayerResult, ...]
+    notes: tuple[str, ...] = ()
+    trained: bool | None = None
+    provenance: dict[str, object] | None = None
+    schema: str = field(default="padconvert.inspect/1")
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """A group of optional packages. `missing` is empty where all are there; `install` is the line that gets them."""
+
+    name: str
+    purpose: str
+    missing: tuple[str, ...]
+    install: str
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What `doctor` found. `versions` maps each package to its version; a package that is not there is None."""
+
+    python: str
+    platform: str
+    versions: dict[str, str | None]
+    devices: tuple[str, ...]
+    threads: int
+    cores: int
+    extras: tuple[Extra, ...]
+    schema: str = field(default="padconvert.doctor/1")
+
+
+Result = Conversion | Inspection | Verification | Diagnosis

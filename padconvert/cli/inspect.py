@@ -1,0 +1,35 @@
+"""`padconvert inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from padconvert.cli import arguments as arg
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A saved model, or an artefact of padconvert.")],
+    policy: arg.PolicyFile = None,
+    preset: arg.Preset = None,
+    settings: arg.Set = None,
+    arch: arg.Arch = None,
+    arch_arg: arg.ArchArg = None,
+    input_shape: arg.InputShape = None,
+    trust: arg.Trust = None,
+    as_json: arg.Json = False,
+) -> None:
+    """List a file's layers. Of a source: what would be converted, and why not. Of an artefact: what it holds."""
+    from padconvert.cli import parse, run
+    from padconvert.options import ConvertOptions
+
+    parse.allow_own_code([arch, *(trust or ())])
+    options = ConvertOptions(
+        policy=policy, preset=preset, sets=tuple(settings or ()), working_file=parse.working_file(), arch=arch,
+        arch_args=parse.arch_args(arch_arg), input_shape=parse.input_shape(input_shape), trust=tuple(trust or ()),
+    )  # fmt: skip
+    from padconvert.inspection import inspect_file
+
+    run.show(inspect_file(path, options), as_json=as_json)

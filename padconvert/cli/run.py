@@ -1,0 +1,47 @@
+"""One call of the library with progress shown, then its result shown. Imported by commands when they run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from padconvert.errors import FileError, UsageError
+from padconvert.options import ConvertOptions
+from padconvert.report import json_document, terminal
+from padconvert.report.progress import shown
+from padconvert.results import Result
+
+
+def run_convert(source: Path, options: ConvertOptions, *, as_json: bool, report: Path | None, quiet: bool) -> None:
+    """Convert, then print the report; `report` gets the HTML file.
+
+    Everything that can be refused without torch is refused before torch is imported.
+    """
+    options.resolve_policy()
+    if report is not None:
+        _check_report(report)
+    from padconvert.convert import convert
+
+    with shown(quiet=quiet) as progress:
+        result = convert(source, options, progress)
+    if report is not None:
+        from padconvert.report.html import page
+
+        report.write_text(page(result), encoding="utf-8")
+    show(result, as_json=as_json)
+
+
+def show(result: Result, *, as_json: bool) -> None:
+    """The report on stdout, or with `as_json` the one document instead."""
+    if as_json:
+        sys.stdout.write(json_document.text(result))
+    else:
+        terminal.show(result)
+
+
+def _check_report(path: Path) -> None:
+    """A long run must not end in a report that cannot be written."""
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--report {path}: the report is an HTML file; name one that ends in .html")
+    if not path.absolute().parent.is_dir():
+        raise FileError(f"--report {path}: its folder does not exist")

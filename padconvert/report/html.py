@@ -1,0 +1,113 @@
+"""One self-contained HTML file: no script, no font, no picture from anywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from padconvert.report import numbers
+from padconvert.report.charts import charts
+from padconvert.results import Conversion, LayerResult, Metrics
+from padconvert.words import Verdict
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1f2933; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+table { border-collapse: collapse; } td, th { padding: .2rem .9rem .2rem 0; text-align: right; }
+td:first-child, th:first-child, td.text { text-align: left; } th { border-bottom: 1px solid #cbd2d9; }
+tr.convert td.text { color: #2e7d32; } tr.ineligible td.text { color: #b0682c; }
+.share { background: #e4e7eb; width: 8rem; height: .7rem; } .share div { background: #2e7d32; height: 100%; }
+.warning { color: #b0682c; } .passed { color: #2e7d32; } .failed { color: #c62828; } .small { color: #7b8794; }
+svg { max-width: 100%; height: auto; display: block; }
+"""
+
+
+def page(result: Conversion) -> str:
+    """The report of a conversion as an HTML document. Without matplotlib it has no charts, and says so."""
+    body = [_head(result), _cost(result), _charts(result), _receipts(result), _layers(result.layers)]
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>padconvert: {escape(result.source.path)}'
+        f"</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
+    )
+
+
+def _head(result: Conversion) -> str:
+    target = escape(result.output.path) if result.output else "the plan; nothing was written"
+    lines = [f"<h1>{escape(result.source.path)} → {target}</h1>"]
+    lines.append(f'<p class="small">{result.route} route, seed {result.seed}, source sha256 {result.source.sha256}</p>')
+    if result.route == "data-free":
+        lines.append('<p class="warning">Nothing was trained: accuracy is that of the source until fine-tuned.</p>')
+    lines += [f'<p class="warning">{escape(warning)}</p>' for warning in result.warnings]
+    return "\n".join(lines)
+
+
+def _cost(result: Conversion) -> str:
+    totals, metrics = result.totals, result.metrics
+    rows: list[list[str]] = []
+    for name in metrics.output if metrics else ():
+        assert metrics is not None
+        columns = (metrics.source, metrics.static, metrics.output, metrics.fully_dynamic)
+        rows.append([escape(name), *[_cell(name, of) for of in columns]])
+    params = (totals.params_source, totals.params_source, totals.params_output, totals.params_fully_dynamic)
+    sizes = (totals.bytes_source, totals.bytes_source, totals.bytes_output, totals.bytes_fully_dynamic)
+    rows.append(["parameters", *[f"{value:,} ({numbers.times(value, params[0])})" for value in params]])
+    rows.append(["bytes", *[f"{numbers.size(value)} ({numbers.times(value, sizes[0])})" for value in sizes]])
+    header = ["", "static source", "static, same training", "padconvert", "fully dynamic"]
+    if metrics is None or metrics.static is None:
+        rows = [row[:2] + row[3:] for row in rows]
+        header = header[:2] + header[3:]
+    return "<h2>Cost beside both neighbours</h2>\n" + _table(header, (_row(row) for row in rows))
+
+
+def _cell(name: str, of: Metrics | None) -> str:
+    return numbers.metric(name, of[name]) if of is not None and name in of else "–"
+
+
+def _charts(result: Conversion) -> str:
+    try:
+        return "\n".join(charts(result))
+    except ImportError:
+        return '<p class="small">No charts: matplotlib is not installed (pip install "padconvert[report]").</p>'
+
+
+def _receipts(result: Conversion) -> str:
+    lines = []
+    if result.equality is not None:
+        equality = result.equality
+        word = "passed" if equality.passed else "failed"
+        lines.append(
+            f'<p class="{word}">Same function before training ({escape(equality.method)}): {word}, relative difference '
+            f"{equality.max_rel_diff:.1e}, limit {equality.tolerance:.0e}.</p>"
+        )
+    if result.metrics is not None and result.metrics.verdict:
+        lines.append(f"<p><strong>{escape(result.metrics.verdict)}</strong></p>")
+    lines += [f'<p class="small">{escape(note)}</p>' for note in result.notes]
+    return "\n".join(lines)
+
+
+def _layers(layers: Sequence[LayerResult]) -> str:
+    header = ["layer", "weight", "verdict", "reason", "κ", "K", "static", "dynamic", ""]
+    return "<h2>Layers</h2>\n" + _table(header, (_layer(layer) for layer in layers))
+
+
+def _layer(layer: LayerResult) -> str:
+    names = " = ".join((layer.name, *layer.aliases))
+    weight = f"{layer.type or layer.kind} {numbers.shape(layer.weight_shape)}"
+    text = [names, weight, layer.verdict.value, layer.reason.value]
+    cells = "".join(f'<td class="text">{escape(cell)}</td>' for cell in text)
+    if layer.verdict is Verdict.CONVERT and layer.n_static is not None and layer.n_dynamic is not None:
+        filled = 100 * layer.n_dynamic / max(layer.n_static + layer.n_dynamic, 1)
+        ratio = "" if layer.dynamic_ratio is None else f"{layer.dynamic_ratio:.3g}"
+        counts = (ratio, str(layer.num_experts), f"{layer.n_static:,}", f"{layer.n_dynamic:,}")
+        cells += "".join(f"<td>{cell}</td>" for cell in counts)
+        cells += f'<td><div class="share"><div style="width: {filled:.1f}%"></div></div></td>'
+    return f'<tr class="{layer.verdict.value}" title="{escape(layer.reason.explanation)}">{cells}</tr>'
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _table(header: Sequence[str], rows: Iterable[str]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(rows) + "\n</tbody></table>"

@@ -1,0 +1,77 @@
+"""The table of layers that `inspect` and `convert` share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from padconvert.report import numbers
+from padconvert.results import LayerResult
+from padconvert.words import Reason, Verdict
+
+STYLES = {Verdict.CONVERT: "green", Verdict.STATIC: "", Verdict.INELIGIBLE: "yellow"}
+BAR_WIDTH = 8
+
+
+def layers_table(layers: Sequence[LayerResult], *, limit: int | None = None) -> RenderableType:
+    """One row a layer in module order, then a line that counts the verdicts.
+
+    With a `limit` and more layers than that, converted layers are shown first and the rest is counted.
+    """
+    shown = _most_telling(layers, limit)
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("layer", overflow="fold")
+    for name in ("weight", "verdict"):
+        table.add_column(name, no_wrap=True)
+    for name in ("κ", "K", "static", "dynamic"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("share", no_wrap=True)
+    for layer in shown:
+        table.add_row(*_row(layer))
+    hidden = len(layers) - len(shown)
+    more = Text(f"… and {hidden} more layers: --json and --plan-out list all of them", style="dim") if hidden else None
+    parts: list[RenderableType] = [table, *([more] if more else []), Text(_counts(layers), style="dim")]
+    return Group(*parts)
+
+
+def _most_telling(layers: Sequence[LayerResult], limit: int | None) -> list[LayerResult]:
+    if limit is None or len(layers) <= limit:
+        return list(layers)
+    first = sorted(range(len(layers)), key=lambda i: (layers[i].verdict is not Verdict.CONVERT, i))[:limit]
+    return [layers[i] for i in sorted(first)]
+
+
+def _row(layer: LayerResult) -> list[RenderableType]:
+    name = Text(layer.name or "(the model itself)")
+    for alias in layer.aliases:
+        name.append(f"\n= {alias}", style="dim")
+    verdict = Text(_verdict(layer), style=STYLES[layer.verdict])
+    weight = f"{layer.type or layer.kind} {numbers.shape(layer.weight_shape)}"
+    if layer.n_dynamic is None or layer.n_static is None or not layer.n_dynamic:
+        return [name, weight, verdict, *[""] * 5]
+    total = layer.n_static + layer.n_dynamic
+    counts = [f"{layer.n_static:,}", f"{layer.n_dynamic:,}"]
+    ratio = "" if layer.dynamic_ratio is None else f"{layer.dynamic_ratio:.3g}"
+    filled = Text(numbers.bar(layer.n_dynamic / total, BAR_WIDTH), style="cyan")
+    return [name, weight, verdict, ratio, str(layer.num_experts or ""), *counts, filled]
+
+
+def _verdict(layer: LayerResult) -> str:
+    """The word, or the reason code where that says more."""
+    if layer.verdict is Verdict.CONVERT or layer.reason is Reason.POLICY_RULE:
+        return layer.verdict.value
+    return layer.reason.value
+
+
+def _counts(layers: Sequence[LayerResult]) -> str:
+    counted = Counter(layer.verdict for layer in layers)
+    parts = []
+    for verdict in filter(counted.get, Verdict):
+        reasons = Counter(layer.reason for layer in layers if layer.verdict is verdict)
+        said = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+        parts.append(f"{counted[verdict]} {verdict}" + (f" ({said})" if verdict is not Verdict.CONVERT else ""))
+    return f"{len(layers)} layers: " + " · ".join(parts) if layers else "no layer that padconvert knows"

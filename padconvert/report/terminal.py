@@ -1,0 +1,250 @@
+"""Results on a terminal: what was done, what it costs beside both neighbours, and the receipts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from padconvert.report import numbers
+from padconvert.report.layers_table import layers_table
+from padconvert.results import (
+    Check,
+    Comparison,
+    Conversion,
+    Diagnosis,
+    Equality,
+    Extra,
+    Inspection,
+    Metrics,
+    Result,
+    Totals,
+    Verification,
+)
+
+ROWS = 40  # of the layer table after a conversion
+NARROWEST = 100  # what a pipe is given, where no terminal says how wide it is
+
+
+def console() -> Console:
+    """Where reports go: stdout, in colour on a terminal only (NO_COLOR is respected by rich)."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=max(found.width, NARROWEST))
+
+
+def show(result: Result, target: Console | None = None) -> None:
+    """Print the report of `result`."""
+    target = target or console()
+    match result:
+        case Conversion():
+            blocks = _conversion(result)
+        case Inspection():
+            blocks = _inspection(result)
+        case Verification():
+            blocks = _verification(result)
+        case Diagnosis():
+            blocks = _diagnosis(result)
+    for i, block in enumerate(blocks):
+        if i:
+            target.print()
+        target.print(block)
+
+
+# ---- convert
+
+
+def _conversion(result: Conversion) -> Iterator[RenderableType]:
+    yield _headline(result)
+    yield layers_table(result.layers, limit=ROWS)
+    yield cost_table(result.totals, result.metrics)
+    yield _parts(result.totals)
+    if result.history:
+        yield _lines(list(_course(result.history)))
+    receipts = list(_receipts(result))
+    if receipts:
+        yield _lines(receipts)
+    if result.warnings or result.notes:
+        yield _lines([Text(f"! {line}", style="yellow") for line in result.warnings] + [_note(n) for n in result.notes])
+
+
+def _headline(result: Conversion) -> Text:
+    source = f"{result.source.path} ({result.source.kind}, {numbers.size(result.source.bytes)})"
+    if result.output is None:
+        line = Text(f"{source}: the plan; nothing was written", style="bold")
+    else:
+        line = Text(f"{source} → {result.output.path} ({numbers.size(result.output.bytes)})", style="bold")
+    took = numbers.seconds(sum(result.timing.values())) if result.timing else ""
+    line.append("\n" + " · ".join(filter(None, [f"{result.route} route", f"seed {result.seed}", took])), style="dim")
+    if result.route == "data-free":
+        line.append("\nNothing was trained: accuracy is that of the source until the artefact is fine-tuned", "yellow")
+        line.append(" (padconvert convert ARTEFACT --data …).", style="yellow")
+    return line
+
+
+def cost_table(totals: Totals, metrics: Comparison | None) -> Table:
+    """Metrics, parameters and bytes, each beside the static source and the fully dynamic network."""
+    control = metrics is not None and metrics.static is not None
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    table.add_column("")
+    for name in ("static source", *(["static, same training"] if control else []), "padconvert", "fully dynamic"):
+        table.add_column(name, justify="right", style="bold green" if name == "padconvert" else "", no_wrap=True)
+    if metrics is not None:
+        _metric_rows(table, metrics, control)
+    rows = [
+        ("parameters", totals.params_source, totals.params_output, totals.params_fully_dynamic, "{:,}".format),
+        ("bytes", totals.bytes_source, totals.bytes_output, totals.bytes_fully_dynamic, numbers.size),
+    ]
+    for name, source, output, full, said in rows:
+        cells = [said(source), *([said(source)] if control else []), said(output), said(full)]
+        table.add_row(name, *cells)
+        table.add_row("", *[numbers.times(v, source) for v in (source, *([source] if control else []), output, full)])
+    return table
+
+
+def _metric_rows(table: Table, metrics: Comparison, control: bool) -> None:
+    for name in metrics.output:
+
+        def cell(of: Metrics | None, name: str = name) -> str:
+            return numbers.metric(name, of[name]) if of and name in of else "–"
+
+        controls = [cell(metrics.static)] if control else []
+        table.add_row(name, cell(metrics.source), *controls, cell(metrics.output), cell(metrics.fully_dynamic))
+
+
+def _parts(totals: Totals) -> Text:
+    """What the bytes of the output are made of."""
+    known = {
+        "converted values": totals.bytes_values,
+        "bitmasks": totals.bytes_masks,
+        "routers": totals.bytes_router,
+        "header": totals.bytes_header,
+    }
+    rest = totals.bytes_output - sum(known.values())
+    parts = {**known, "untouched": rest} if rest > 0 else known
+    line = Text("the file: ", style="dim")
+    line.append(" · ".join(f"{name} {numbers.size(count)}" for name, count in parts.items() if count), style="dim")
+    line.append(f"\n{numbers.share(totals.dynamic_ratio)} of the converted layers' weights are dynamic", style="dim")
+    return line
+
+
+def _course(history: Sequence[dict[str, float]]) -> Iterator[Text]:
+    rounds = [entry["ratio"] for entry in history if "ratio" in entry]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    if losses:
+        line = Text("loss       ", style="dim").append(numbers.sparkline(losses, 48), style="cyan")
+        yield line.append(f"  {losses[0]:.4f} → {losses[-1]:.4f}", style="dim")
+    if rounds:
+        steps = " → ".join(f"{100 * ratio:.0f}" for ratio in (1.0, *rounds))
+        yield Text(f"partition  {steps} % dynamic", style="dim")
+
+
+def _receipts(result: Conversion) -> Iterator[Text]:
+    if result.equality is not None:
+        yield equality_line(result.equality)
+    if result.metrics is not None and result.metrics.verdict:
+        yield Text(result.metrics.verdict, style="bold")
+
+
+def equality_line(equality: Equality) -> Text:
+    """The first promise, kept or broken, in one line."""
+    if equality.method == "forward":
+        what = f"max|Δ| = {equality.max_rel_diff:.1e} · max|y| on {equality.samples} samples"
+    else:
+        what = f"max|ΣπD − W| = {equality.max_rel_diff:.1e} · max|W| (no forward was possible)"
+    return _check(equality.passed, f"same function before training: {what} (limit {equality.tolerance:.0e})")
+
+
+# ---- inspect
+
+
+def _inspection(result: Inspection) -> Iterator[RenderableType]:
+    line = Text(f"{result.path}: {result.kind}, {numbers.size(result.bytes)}", style="bold")
+    if result.trained is False:
+        line.append("\nNot fine-tuned: its experts are still equal, so it computes what its source computes.", "yellow")
+    yield line
+    yield layers_table(result.layers)
+    yield _holdings(result)
+    if result.provenance:
+        yield _lines([_note(f"{key}: {value}") for key, value in result.provenance.items()])
+    if result.notes:
+        yield _lines([_note(note) for note in result.notes])
+
+
+def _holdings(result: Inspection) -> Table:
+    totals = result.totals
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    of_source = result.trained is None
+    for name in ("", "static source", "padconvert would make" if of_source else "padconvert", "fully dynamic"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    columns = {
+        "parameters": (totals.params_source, totals.params_output, totals.params_fully_dynamic),
+        "bytes": (totals.bytes_source, totals.bytes_output, totals.bytes_fully_dynamic),
+    }
+    for name, values in columns.items():
+        said = "{:,}".format if name == "parameters" else numbers.size
+        table.add_row(name, *["–" if value is None else said(value) for value in values])
+        base = values[0]
+        if base and values[1] is not None:
+            table.add_row("", *["" if value is None else numbers.times(value, base) for value in values])
+    return table
+
+
+# ---- verify
+
+
+def _verification(result: Verification) -> Iterator[RenderableType]:
+    yield Text(result.path, style="bold")
+    yield _lines([_check(check.passed, _said(check)) for check in result.checks])
+    failed = sum(not check.passed for check in result.checks)
+    verdict = f"{failed} of {len(result.checks)} checks failed" if failed else f"all {len(result.checks)} checks passed"
+    yield Text(verdict, style="bold red" if failed else "bold green")
+
+
+def _said(check: Check) -> str:
+    words = [check.name.replace("_", " ")]
+    if check.value is not None:
+        words.append(f": {_value(check.value)}")
+    if check.limit is not None:
+        words.append(f" (limit {_value(check.limit)})")
+    return "".join(words) + (f"; {check.detail}" if check.detail else "")
+
+
+def _value(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+# ---- doctor
+
+
+def _diagnosis(result: Diagnosis) -> Iterator[RenderableType]:
+    yield Text(f"Python {result.python} on {result.platform}", style="bold")
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 3, 0, 0))
+    for name, found in result.versions.items():
+        table.add_row(name, Text("not installed", style="dim") if found is None else found)
+    yield table
+    yield Text(f"devices: {', '.join(result.devices)} · {result.threads} threads on {result.cores} cores")
+    yield _lines([_extra(extra) for extra in result.extras])
+
+
+def _extra(extra: Extra) -> Text:
+    if not extra.missing:
+        return _check(True, f"{extra.name}: {extra.purpose}")
+    return Text(f"· {extra.name}: {extra.purpose}; {', '.join(extra.missing)} missing: {extra.install}", style="yellow")
+
+
+# ---- lines
+
+
+def _check(passed: bool, said: str) -> Text:
+    line = Text("✓ " if passed else "✗ ", style="green" if passed else "bold red")
+    return line.append(said, style="default" if passed else "red")
+
+
+def _note(said: str) -> Text:
+    return Text(f"· {said}", style="dim")
+
+
+def _lines(lines: Sequence[Text]) -> Text:
+    return Text("\n").join(lines)
