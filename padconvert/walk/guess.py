@@ -65,7 +65,7 @@ def _floats(module: nn.Module, shape: tuple[int, ...], name: str | None = None) 
 
 def _layer_guesses(module: nn.Module) -> Iterator[Guess]:
     """Inputs that suit the first layer of each kind, in module order."""
-    sequences = any(isinstance(child, nn.MultiheadAttention) for child in module.modules())
+    sequences = any(isinstance(child, nn.MultiheadAttention | nn.RNNBase) for child in module.modules())
     for layer in _first_layers(module):
         shapes = _shapes_for(layer)
         for shape in reversed(shapes) if sequences else shapes:

@@ -29,12 +29,12 @@ MAX_IMAGE_CHANNELS = 4
 ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
 # One of these alone is proof: nobody names anything else so.
 FUSED = frozenset({"qkv", "qkv_proj", "query_key_value", "wqkv", "in_proj_qkv", "c_attn"})
+OUTPUTS = frozenset({"o", "o_proj", "out_proj", "out_lin", "to_out", "wo", "proj", "c_proj"})
 # A "key" or "value" alone may be a memory or a table; beside a query it is not.
 QUERIES = frozenset({"q", "query", "q_proj", "q_lin", "to_q", "wq", "query_proj"})
 BESIDE_A_QUERY = QUERIES | {
     *("k", "key", "k_proj", "k_lin", "to_k", "wk", "key_proj"),
     *("v", "value", "v_proj", "v_lin", "to_v", "wv", "value_proj"),
-    *("o", "o_proj", "out_proj", "out_lin", "to_out", "wo", "proj", "c_proj"),
 }
 
 
@@ -97,12 +97,18 @@ def _attention(root: nn.Module, layers: Sequence[Found]) -> set[nn.Module]:
     for parent in root.modules():
         if parent is not root and ATTENTION_CLASS.search(type(parent).__name__):
             inside.update(parent.modules())
-        names = {name.lower() for name in parent._modules}
-        projections = (BESIDE_A_QUERY if len(names & BESIDE_A_QUERY) > 1 and names & QUERIES else frozenset()) | FUSED
+        projections = _projections({name.lower() for name in parent._modules})
         for name, child in parent._modules.items():
             if child is not None and name.lower() in projections:
                 inside.update(child.modules())  # diffusers' to_out is a list that holds the linear layer
     return inside & pointwise
+
+
+def _projections(siblings: set[str]) -> frozenset[str]:
+    """Which names among these siblings are an attention's projections; none where no queries are made."""
+    if siblings & QUERIES and len(siblings & BESIDE_A_QUERY) > 1:
+        return FUSED | BESIDE_A_QUERY | OUTPUTS
+    return FUSED | OUTPUTS if siblings & FUSED else frozenset()
 
 
 def _ffn(root: nn.Module, layers: Sequence[Found]) -> set[nn.Module]:

@@ -52,6 +52,11 @@ class ProbeSpec:
         args = tuple(tensor for name, tensor in drawn if name is None)
         return args, {name: tensor for name, tensor in drawn if name is not None}
 
+    def with_dtype(self, dtype: str) -> ProbeSpec:
+        """The same probe for the same model in another precision; token ids stay."""
+        inputs = (dataclasses.replace(spec, dtype=dtype) if "float" in spec.dtype else spec for spec in self.inputs)
+        return dataclasses.replace(self, inputs=tuple(inputs))
+
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers, which `from_json` reads back."""
         inputs = [{**dataclasses.asdict(spec), "shape": list(spec.shape)} for spec in self.inputs]

@@ -26,7 +26,13 @@ def walk_tree(root: nn.Module, probe: ProbeSpec | None) -> Walk:
     infos = tuple(
         _info(layer, index, judge(layer, ties, readers), roles[index], watched) for index, layer in enumerate(layers)
     )
-    return Walk(infos, "tree" if watched is None else "forward", notes)
+    return Walk(infos, "tree" if watched is None else "forward", (*notes, *_unlisted(root)))
+
+
+def _unlisted(root: nn.Module) -> tuple[str, ...]:
+    """A note on transformers' `Conv1D`: a linear layer in all but class, which nobody should miss silently."""
+    count = sum(type(child).__name__ == "Conv1D" and hasattr(child, "nf") for child in root.modules())
+    return (f"{count} of transformers' Conv1D layers are not converted: they are not nn.Linear",) if count else ()
 
 
 def _try_to_watch(

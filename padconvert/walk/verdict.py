@@ -63,7 +63,7 @@ def _judge_alone(layer: Found) -> tuple[Reason, str]:
     """What the layer shows without its surroundings."""
     module = layer.module
     weight = module._parameters.get("weight")
-    if weight is not None and is_lazy(weight):
+    if any(parameter is not None and is_lazy(parameter) for parameter in module._parameters.values()):
         return Reason.UNINITIALIZED, ""
     if layer.kind is Kind.CONV_TRANSPOSE:
         return Reason.TRANSPOSED_CONVOLUTION, ""
