@@ -65,12 +65,13 @@ class PadLayer(nn.Module, ABC):
         self.router_name = facts.router
         self.weight_shape = facts.weight_shape
         self.has_bias = facts.has_bias
-        self._dtype = cast(torch.dtype, getattr(torch, facts.dtype))
         self._copy_call_options(facts)
         self.router: nn.Module = router_class(facts.router)(self.router_channels, facts.num_experts).to(device)
         self.register_parameter("scale_logit", None)
         for part, n_dynamic in (("weight", facts.n_dynamic), ("bias", facts.n_bias_dynamic)):
-            self._register_empty_part(part, n_dynamic, device)
+            self._register_empty_part(
+                part, n_dynamic, torch.zeros((), dtype=getattr(torch, facts.dtype), device=device)
+            )
 
     @abstractmethod
     def _copy_call_options(self, facts: LayerFacts) -> None:
@@ -101,16 +102,15 @@ class PadLayer(nn.Module, ABC):
             return "dynamic_bitmask" if part == "weight" else "bias_dynamic_bitmask"
         return "dynamic_index" if part == "weight" else None
 
-    def _register_empty_part(self, part: str, n_dynamic: int, device: torch.device | str | None) -> None:
+    def _register_empty_part(self, part: str, n_dynamic: int, like: Tensor) -> None:
         view = self.view(part)
         exists = part in self.parts
         n_static = view.units - n_dynamic
-        like = torch.zeros((), dtype=self._dtype, device=device)
         static = like.new_zeros(n_static, *view.unit_shape)
         dynamic = like.new_zeros(self.num_experts, n_dynamic, *view.unit_shape)
         self.register_parameter(f"{part}_static", nn.Parameter(static) if exists and n_static else None)
         self.register_parameter(f"{part}_dynamic", nn.Parameter(dynamic) if exists and n_dynamic else None)
-        mask = torch.arange(view.units, device=device if str(device) != "meta" else "cpu") < n_dynamic
+        mask = torch.arange(view.units, device="cpu" if like.is_meta else like.device) < n_dynamic
         self._register_units(part, Units.of_mask(mask))
 
     def _register_units(self, part: str, units: Units) -> None:
@@ -170,7 +170,12 @@ class PadLayer(nn.Module, ABC):
     @property
     def mixing_dtype(self) -> torch.dtype:
         """π and the mix are computed in fp32, or fp64 for an fp64 layer."""
-        return torch.promote_types(self._dtype, torch.float32)
+        return torch.promote_types(self.stored_dtype, torch.float32)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the weights (the router stays in fp32)."""
+        return self.weight.dtype
 
     @property
     def is_dynamic(self) -> bool:
@@ -206,10 +211,11 @@ class PadLayer(nn.Module, ABC):
         assert bool((dynamic_mask <= old.mask()).all()), "a dynamic_mask only shrinks"
         new = Units.of_mask(dynamic_mask)
         static_NS, dynamic_KDS = self._joined(part, mean_routing_K)
-        view = self.view(part)
+        view, like = self.view(part), getattr(self, f"{part}_dynamic")
+        static, dynamic = view.as_packed(static_NS[new.static]), view.as_packed(dynamic_KDS[:, new.dynamic])
         moved = [
-            self._replace(f"{part}_static", view.as_packed(static_NS[new.static]), old.static, new.static, dim=0),
-            self._replace(f"{part}_dynamic", view.as_packed(dynamic_KDS[:, new.dynamic]), old.dynamic, new.dynamic, 1),
+            self._replace(f"{part}_static", static, like, old.static, new.static, dim=0),
+            self._replace(f"{part}_dynamic", dynamic, like, old.dynamic, new.dynamic, dim=1),
         ]
         self._register_units(part, new)
         return moved
@@ -230,15 +236,28 @@ class PadLayer(nn.Module, ABC):
             static_US = static_US.index_copy(0, units.static, view.cut_packed(static).to(dtype))
         return static_US, dynamic_KUS
 
-    def _replace(self, name: str, value: Tensor, old_units: Tensor, new_units: Tensor, dim: int) -> Moved:
+    def _replace(self, name: str, value: Tensor, like: Tensor, old_units: Tensor, new_units: Tensor, dim: int) -> Moved:
         old = cast(nn.Parameter | None, getattr(self, name))
-        trainable = next(self.parameters()).requires_grad if old is None else old.requires_grad
         kept = value.numel() > 0
-        new = nn.Parameter(value.to(self._dtype).contiguous(), requires_grad=trainable) if kept else None
+        new = nn.Parameter(value.to(like.dtype).contiguous(), requires_grad=like.requires_grad) if kept else None
         self.register_parameter(name, new)
         both = torch.isin(new_units, old_units)
         frm = torch.searchsorted(old_units, new_units[both])
         return Moved(old, new, frm, both.nonzero()[:, 0], dim)
+
+    def resize_(self, n_dynamic: int, n_bias_dynamic: int) -> None:
+        """Room for another partition's values, to be filled by the caller. Frozen parameters stay frozen."""
+        like = next(p for n, p in self.named_parameters(recurse=False) if n.startswith("weight"))
+        frozen = {part for part in self.parts if not self._is_trainable(part)}
+        for part, count in (("weight", n_dynamic), ("bias", n_bias_dynamic)):
+            self._register_empty_part(part, count, like.detach())
+        for part in frozen:
+            for name in (f"{part}_static", f"{part}_dynamic"):
+                if getattr(self, name) is not None:
+                    getattr(self, name).requires_grad_(False)
+
+    def _is_trainable(self, part: str) -> bool:
+        return any(p.requires_grad for n, p in self.named_parameters(recurse=False) if n.startswith(part))
 
     # ---- what it is --------------------------------------------------------------------------------------------
 
@@ -249,7 +268,7 @@ class PadLayer(nn.Module, ABC):
             granularity=self.granularity,
             num_experts=self.num_experts,
             weight_shape=self.weight_shape,
-            dtype=str(self._dtype).removeprefix("torch."),
+            dtype=str(self.stored_dtype).removeprefix("torch."),
             has_bias=self.has_bias,
             n_dynamic=len(self.units("weight").dynamic),
             n_bias_dynamic=len(self.units("bias").dynamic) if self.has_bias else 0,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def project(layer: PadLinear, x: Tensor) -> Tensor:
     """y = Σ_k π_k (W_k x + b_k): [..., C] → [..., O], the sum over experts in the mixing dtype."""
-    routing_TK = layer.route(x).flatten(0, -2)
+    routing_TK = layer.route(x).reshape(-1, layer.num_experts)
     weight_KOI = layer.expert_tensors("weight").to(x.dtype)
     out_TKO = torch.nn.functional.linear(x.reshape(-1, layer.in_features), weight_KOI.flatten(0, 1))
     out_TKO = out_TKO.reshape(-1, layer.num_experts, layer.out_features)

@@ -1,0 +1,109 @@
+"""A folded model → its tensors and manifest → a file."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import padconvert
+from padconvert.checkpoint.layout import join
+from padconvert.checkpoint.manifest import LayerEntry, Manifest, ProbeInput, ProbeRecord, Provenance
+from padconvert.checkpoint.probe_record import record_outputs
+from padconvert.checkpoint.write import WrittenFile, write_checkpoint
+from padconvert.layers import PadLayer
+from padconvert.rewrite import names_of, pad_layers
+from padconvert.walk.probe import ProbeSpec, call, flat_outputs
+from padconvert.walk.quiet import device_of, untouched
+
+PROBE_SAMPLES = 4
+
+
+def save_model(
+    model: nn.Module,
+    path: Path,
+    *,
+    architecture: Mapping[str, Any],
+    provenance: Provenance,
+    policy: Mapping[str, Any],
+    trained: bool,
+    probe: ProbeSpec | None = None,
+    extra_tensors: Mapping[str, Tensor] | None = None,
+    force: bool = False,
+    source: Path | None = None,
+) -> WrittenFile:
+    """Write a folded model in checkpoint format 1. Experts that are all equal are stored once.
+
+    `extra_tensors` are what `architecture` needs beside the state dict. Raises as `write_checkpoint` does.
+    """
+    layers = pad_layers(model)
+    equal = {name: experts_are_equal(layer) for name, layer in layers.items()}
+    extra = dict(extra_tensors or {})
+    manifest = Manifest(
+        padconvert=padconvert.__version__,
+        layers=tuple(_entry(model, name, layer, equal[name]) for name, layer in layers.items()),
+        architecture=dict(architecture),
+        policy=dict(policy),
+        provenance=provenance,
+        trained=trained,
+        probe=None if probe is None else record_probe(model, probe),
+        extra_tensors=tuple(sorted(extra)),
+    )
+    return write_checkpoint(path, model_tensors(model, equal) | extra, manifest, force=force, source=source)
+
+
+def _entry(model: nn.Module, name: str, layer: PadLayer, equal: bool) -> LayerEntry:
+    assert layer.scale_logit is None, f"{name} is not folded"
+    aliases = tuple(alias for alias in names_of(model, layer) if alias != name)
+    return LayerEntry(name=name, aliases=aliases, equal_experts=equal, facts=layer.facts())
+
+
+def experts_are_equal(layer: PadLayer) -> bool:
+    """Whether all experts hold the same bytes: nothing was trained since upcycling."""
+    stored = [getattr(layer, f"{part}_dynamic") for part in layer.parts]
+    return all(bool((dynamic == dynamic[:1]).all()) for dynamic in stored if dynamic is not None)
+
+
+def model_tensors(model: nn.Module, equal: Mapping[str, bool]) -> dict[str, Tensor]:
+    """The state dict as a checkpoint stores it: of equal experts the first one alone."""
+    tensors: dict[str, Tensor] = {name: value.detach() for name, value in model.state_dict().items()}
+    for name, layer in pad_layers(model).items():
+        if equal[name]:
+            for prefix in names_of(model, layer):
+                for part in layer.parts:
+                    key = join(prefix, f"{part}_dynamic")
+                    if key in tensors:
+                        tensors[key] = tensors[key][:1]
+    return tensors
+
+
+def record_probe(model: nn.Module, probe: ProbeSpec) -> ProbeRecord:
+    """The model's outputs on `PROBE_SAMPLES` seeded samples, in eval mode."""
+    args, kwargs = probe.make(PROBE_SAMPLES, device_of(model))
+    with untouched(model):
+        outputs = flat_outputs(call(model, args, kwargs))
+    inputs = tuple(ProbeInput(s.name, s.shape, s.dtype, s.high, s.low) for s in probe.inputs)
+    return ProbeRecord(seed=probe.seed, inputs=inputs, outputs=record_outputs(outputs), batch=PROBE_SAMPLES)
+
+
+def provenance_of(
+    *, source_sha256: str | None, source_kind: str, device: str, seed: int, trained: bool
+) -> Provenance:
+    """Where an artefact comes from: what has to be the same for the same bytes."""
+    return Provenance(
+        source_sha256=source_sha256,
+        source_kind=source_kind,
+        versions={
+            "padconvert": padconvert.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        device=device,
+        threads=torch.get_num_threads(),
+        seed=seed,
+        route="trained" if trained else "data-free",
+    )

@@ -1,0 +1,85 @@
+"""The optimizer of a fine-tune, and how its state follows a partition that repacks parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from padconvert.layers import Moved
+from padconvert.rewrite import pad_layers
+
+
+class OptimizerPolicy(Protocol):
+    """What is read of a policy's `train:` block."""
+
+    @property
+    def optimizer(self) -> str: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def momentum(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def router_lr_scale(self) -> float: ...
+    @property
+    def what(self) -> str: ...
+
+
+def make_optimizer(model: nn.Module, train: OptimizerPolicy) -> torch.optim.Optimizer:
+    """SGD with momentum, or AdamW. Groups: weights, then routers (lr × router_lr_scale) and scales without decay.
+
+    A parameter that the source had frozen stays frozen; `what: converted` trains the converted layers alone.
+    """
+    layers = list(pad_layers(model).values())
+    routers = _unique([p for layer in layers for p in layer.router.parameters()])
+    scales = [layer.scale_logit for layer in layers if layer.scale_logit is not None]
+    apart = {id(p) for p in [*routers, *scales]}
+    pool: Sequence[nn.Module] = layers if train.what == "converted" else [model]
+    weights = _unique([p for module in pool for p in module.parameters() if p.requires_grad and id(p) not in apart])
+    groups: list[dict[str, Any]] = [
+        {"params": weights, "factor": 1.0, "weight_decay": train.weight_decay},
+        {"params": routers, "factor": train.router_lr_scale, "weight_decay": 0.0},
+        {"params": scales, "factor": 1.0, "weight_decay": 0.0},
+    ]
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=train.lr, foreach=False)
+    return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, foreach=False)
+
+
+def _unique(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    return list({id(p): p for p in parameters}.values())
+
+
+def set_lr_(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
+
+
+def follow_(optimizer: torch.optim.Optimizer, moved: Sequence[Moved]) -> None:
+    """Let the optimizer follow repacked parameters: surviving entries keep their momentum, new static ones have none."""
+    weights = optimizer.param_groups[0]["params"]
+    trained = {id(p) for p in weights}
+    for move in moved:
+        place = next((i for i, p in enumerate(weights) if p is move.old), None)
+        if place is not None and move.new is not None:
+            weights[place] = move.new
+        elif place is not None:
+            del weights[place]
+        elif move.new is not None and move.new.requires_grad and (move.old is None or id(move.old) in trained):
+            weights.append(move.new)
+        state = optimizer.state.pop(move.old, None) if move.old is not None else None
+        if state is not None and move.new is not None:
+            assert move.old is not None
+            optimizer.state[move.new] = {key: _moved(value, move.old, move.new, move) for key, value in state.items()}
+
+
+def _moved(value: Any, old: nn.Parameter, new: nn.Parameter, move: Moved) -> Any:
+    """A state tensor of the parameter's shape moves as the parameter did; a step count stays."""
+    if not isinstance(value, Tensor) or value.shape != old.shape:
+        return value
+    moved = torch.zeros_like(new, dtype=value.dtype)
+    return moved.index_copy(move.dim, move.to, value.index_select(move.dim, move.frm))

@@ -1,0 +1,140 @@
+"""The work directory: a run's state on disk, so that a killed run goes on to the same bytes.
+
+`run.json` holds what the run was started with; a run with anything changed is refused and told what changed.
+Each trained variant has one `NAME.safetensors`, replaced as a whole at step boundaries.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from padconvert.errors import FileError, UsageError
+from padconvert.finetune.loop import Run
+from padconvert.finetune.optimizer import OptimizerPolicy, make_optimizer
+from padconvert.rewrite import pad_layers
+
+#: seconds between two saves; what they hold does not depend on it
+SAVE_EVERY = 20.0
+
+
+class WorkDir:
+    """A folder that belongs to one run. Raises UsageError if it belongs to another one, naming what changed."""
+
+    def __init__(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            record = path / "run.json"
+            if record.exists():
+                _check_same(path, json.loads(record.read_text()), json.loads(json.dumps(fingerprint)))
+            else:
+                _replace(record, json.dumps(fingerprint, indent=1, sort_keys=True).encode())
+        except (OSError, json.JSONDecodeError) as error:
+            raise FileError(f"--work-dir {path}: cannot be used ({error}). Name another folder.") from error
+
+    def keeper(self, name: str, train: OptimizerPolicy) -> FileKeeper:
+        """The keeper of one trained variant ("output", "static", "fully_dynamic")."""
+        return FileKeeper(self.path / f"{name}.safetensors", train)
+
+
+def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if changed:
+        what = "; ".join(f"{key}: {_short(before.get(key))} before, {_short(now.get(key))} now" for key in changed)
+        raise UsageError(
+            f"--work-dir {path} belongs to another run ({what}). "
+            "Repeat that run's terms to resume it, or name an empty folder."
+        )
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class FileKeeper:
+    """Saves a run every `SAVE_EVERY` seconds and after its last step, always at a step boundary."""
+
+    def __init__(self, path: Path, train: OptimizerPolicy) -> None:
+        self.path = path
+        self.train = train
+        self._saved = time.monotonic()
+
+    def step_done(self, run: Run) -> None:
+        if run.step == run.phases.steps or time.monotonic() - self._saved >= SAVE_EVERY:
+            self.save(run)
+            self._saved = time.monotonic()
+
+    def save(self, run: Run) -> None:
+        """Write the state to a sibling, then put it in place."""
+        layers = {
+            name: [len(layer.units("weight").dynamic), len(layer.units("bias").dynamic) if layer.has_bias else 0]
+            for name, layer in pad_layers(run.model).items()
+        }
+        record = json.dumps({"step": run.step, "history": run.history, "layers": layers})
+        temporary = self.path.with_suffix(".tmp")
+        save_file(_tensors(run), temporary, metadata={"run": record})
+        temporary.replace(self.path)
+
+    def restore_(self, run: Run) -> None:
+        """Bring `run` to the saved step, if one was saved. Raises FileError where the file is damaged."""
+        if not self.path.exists():
+            return
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                record = json.loads(file.metadata()["run"])
+                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            _restore(run, record, stored, self.train)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise FileError(
+                f"{self.path}: the saved state cannot be read ({str(error).splitlines()[0]}). "
+                "Delete the file to start this run again."
+            ) from error
+
+
+def _tensors(run: Run) -> dict[str, Tensor]:
+    """All parameters, buffers (the temporary ones too) and optimizer states, each under a name of its own."""
+    parameters = dict(run.model.named_parameters())
+    tensors = {f"model/{name}": value for name, value in (parameters | dict(run.model.named_buffers())).items()}
+    for name, parameter in parameters.items():
+        for key, value in run.optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{name}/{key}"] = value
+    return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+
+
+@torch.no_grad()
+def _restore(run: Run, record: dict[str, Any], stored: dict[str, Tensor], train: OptimizerPolicy) -> None:
+    for name, layer in pad_layers(run.model).items():
+        layer.resize_(*record["layers"][name])
+    for name, value in (dict(run.model.named_parameters()) | dict(run.model.named_buffers())).items():
+        value.copy_(stored[f"model/{name}"])
+    run.optimizer = make_optimizer(run.model, train)
+    for name, parameter in run.model.named_parameters():
+        prefix = f"optimizer/{name}/"
+        state = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+        if state:
+            run.optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+            }
+    run.step = int(record["step"])
+    run.history = list(record["history"])

@@ -1,0 +1,56 @@
+"""Set routers from data: the pooled inputs that each layer sees, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from padconvert.layers import PadLayer
+
+#: pooled inputs kept for one layer; k-means gains nothing from more
+MOST_POINTS = 4096
+
+
+def set_routers_(
+    model: nn.Module, layers: Mapping[str, PadLayer], forwards: Iterable[Callable[[], object]], seed: int
+) -> None:
+    """Initialise every router from what its layer sees during `forwards` (eval mode, no gradient).
+
+    All layers see the source's own activations, since upcycling has kept the function. A layer that saw nothing,
+    or less than one point an expert, keeps its seeded random router.
+    """
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+    hooks = [layer.register_forward_pre_hook(_watch(seen[name])) for name, layer in layers.items()]
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            for forward in forwards:
+                forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in training:
+            module.training = True
+    for index, (name, layer) in enumerate(layers.items()):
+        points_NC = torch.cat(seen[name])[:MOST_POINTS] if seen[name] else torch.empty(0)
+        if len(points_NC) >= layer.num_experts:
+            generator = Generator().manual_seed(seed * 1_000_003 + index)
+            layer.routing_layer().initialise_(points_NC, generator)
+
+
+def _watch(seen: list[Tensor]) -> Callable[[nn.Module, Any], None]:
+    """A hook that keeps the pooled inputs of a layer, evenly thinned where there are many tokens."""
+
+    def keep(module: nn.Module, args: Any) -> None:
+        assert isinstance(module, PadLayer)
+        if sum(len(points) for points in seen) >= MOST_POINTS:
+            return
+        x = args[0].detach().to(module.mixing_dtype)
+        points_NC = module.pooled(x).reshape(-1, module.router_channels)
+        seen.append(points_NC[:: max(1, len(points_NC) // (MOST_POINTS // 4))].float().cpu())
+
+    return keep

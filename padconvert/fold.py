@@ -1,0 +1,50 @@
+"""Turn a trained Pad layer into its smallest equivalent: scales into the values, τ and standardisation into the router.
+
+A layer whose units are all static becomes the plain torch layer again. Folding a folded model changes nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from padconvert.layers import PadLayer, build_static
+from padconvert.rewrite import names_of, pad_layers, swap_
+
+
+def fold_(model: nn.Module) -> nn.Module:
+    """Fold every Pad layer of `model` in place, under all its names. Returns the model."""
+    replacements: dict[str, nn.Module] = {}
+    for layer in pad_layers(model).values():
+        folded = fold_layer_(layer)
+        if folded is not layer:
+            replacements |= dict.fromkeys(names_of(model, layer), folded)
+    swap_(model, replacements)
+    return model
+
+
+@torch.no_grad()
+def fold_layer_(layer: PadLayer) -> nn.Module:
+    """Fold one layer in place; returns it, or the plain layer that computes the same if nothing in it is dynamic."""
+    if not layer.is_dynamic:
+        return plain_layer(layer)
+    static_scale, dynamic_scale = layer.scales()
+    for part in layer.parts:
+        for name, scale in ((f"{part}_static", static_scale), (f"{part}_dynamic", dynamic_scale)):
+            stored = getattr(layer, name)
+            if stored is not None:
+                stored.copy_(stored.to(layer.mixing_dtype) * scale)
+    layer.scale_logit = None
+    layer.routing_layer().fold_()
+    return layer
+
+
+@torch.no_grad()
+def plain_layer(layer: PadLayer) -> nn.Module:
+    """The torch layer with the effective weight of a Pad layer that has no dynamic unit."""
+    plain = build_static(layer.facts(), layer.weight.device)
+    for part in layer.parts:
+        target = getattr(plain, part)
+        target.copy_(layer.expert_tensors(part)[0])
+        target.requires_grad_(getattr(layer, f"{part}_static").requires_grad)
+    return plain.train(layer.training)

@@ -1,0 +1,72 @@
+"""Put Pad layers in the place of static ones: build every replacement first, then swap them in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from padconvert.errors import PolicyError
+from padconvert.layers import PadLayer, upcycle
+from padconvert.plan import LayerPlan, Plan
+from padconvert.words import Verdict
+
+
+def rewrite_(model: nn.Module, plan: Plan) -> dict[str, PadLayer]:
+    """Replace the plan's layers in `model` by fully dynamic ones that compute the same (κ = 1, equal experts).
+
+    Returns the new layers by name. Nothing is swapped before all replacements are built. Raises PolicyError where
+    the model is itself the layer, so that there is nothing to hang a replacement on.
+    """
+    converted = [(index, entry) for index, entry in enumerate(plan.layers) if entry.verdict is Verdict.CONVERT]
+    built = {entry.info.name: _replacement(model, entry, plan.seed, index) for index, entry in converted}
+    names = {name: alias for _, entry in converted for name, alias in _all_names(entry)}
+    swap_(model, {name: built[primary] for name, primary in names.items()})
+    return built
+
+
+def _all_names(entry: LayerPlan) -> list[tuple[str, str]]:
+    return [(name, entry.info.name) for name in (entry.info.name, *entry.info.aliases)]
+
+
+def _replacement(model: nn.Module, entry: LayerPlan, seed: int, index: int) -> PadLayer:
+    choice = entry.choice
+    assert choice is not None
+    layer = model.get_submodule(entry.info.name)
+    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)), f"{entry.info.name} is not static"
+    return upcycle(
+        layer,
+        num_experts=choice.num_experts,
+        granularity=choice.granularity,
+        router=choice.router,
+        routing=choice.routing,
+        learned_scales=choice.scales == "both",
+        # a layer's router depends on its place alone, not on which other layers are converted
+        generator=torch.Generator().manual_seed(seed * 1_000_003 + index),
+    )
+
+
+def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
+    """Set every named submodule. All parents are looked up before the first one is changed."""
+    places: list[tuple[nn.Module, str, nn.Module]] = []
+    for name, module in replacements.items():
+        if not name:
+            raise PolicyError(
+                "The model is itself a single layer, so there is no parent to hang its replacement on. "
+                "Save it inside a container, for example torch.nn.Sequential(layer)."
+            )
+        parent, _, child = name.rpartition(".")
+        places.append((model.get_submodule(parent), child, module))
+    for holder, child, module in places:
+        holder.register_module(child, module)
+
+
+def pad_layers(model: nn.Module) -> dict[str, PadLayer]:
+    """The Pad layers of a model by their first name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PadLayer)}
+
+
+def names_of(model: nn.Module, layer: nn.Module) -> list[str]:
+    """All names of a submodule, in module order."""
+    return [name for name, module in model.named_modules(remove_duplicate=False) if module is layer]
