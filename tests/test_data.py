@@ -10,13 +10,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+
 from padconvert.errors import FileError, PolicyError, UsageError
 from padconvert.finetune.data.batches import Batches
 from padconvert.finetune.data.examples import Batch, TensorExamples
+from padconvert.finetune.data.labels import check_labels
 from padconvert.finetune.data.preparation import Preparation, Prepared, seeded
-from padconvert.finetune.data.sources import check_labels, open_data, open_eval, read
+from padconvert.finetune.data.sources import open_data, open_eval, read
 from padconvert.finetune.data.spec import DataSpec
-from torch import Tensor
 
 
 def images(count: int, shape: tuple[int, ...] = (8, 8, 3)) -> np.ndarray[Any, Any]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from padconvert.errors import FileError, UsageError
 from padconvert.finetune.data import readers
@@ -63,22 +62,6 @@ def read(refs: Sequence[str], spec: DataPolicy, base: Path | None = None, like: 
             "Both need the same class folders, empty ones too"
         )
     return examples
-
-
-def check_labels(labels: Tensor, num_outputs: int, origin: str = "the data") -> None:
-    """Raises `FileError` unless whole labels lie in [0, num_outputs) or are −100 (ignored)."""
-    if labels.is_floating_point():
-        return
-    used = labels[labels != -100]
-    if used.numel() == 0:
-        return
-    low, high = (int(bound) for bound in used.aminmax())
-    if low < 0 or high >= num_outputs:
-        wrong = low if low < 0 else high
-        raise FileError(
-            f"{origin}: label {wrong} is out of range: the model has {num_outputs} outputs, "
-            f"so labels go from 0 to {num_outputs - 1}. Renumber the labels, or take the data the model was made for"
-        )
 
 
 def _split(examples: Examples, share: float, seed: int) -> tuple[Subset, Subset]:
