@@ -5,7 +5,7 @@ from __future__ import annotations
 from padconvert.errors import UsageError
 from padconvert.plan.count import n_entries
 from padconvert.plan.model import LayerPlan, Plan
-from padconvert.policy import Rule, did_you_mean
+from padconvert.policy import Rule, did_you_mean, said_at
 from padconvert.words import Verdict
 
 SETTINGS = ("dynamic_ratio", "num_experts", "granularity", "scales", "router", "routing")
@@ -46,14 +46,14 @@ def _decision(plan: Plan, layer: LayerPlan) -> str:
 def _rule(plan: Plan, index: int) -> str:
     rule: Rule = plan.policy.rules[index]
     words = ", ".join(f"{key} {getattr(rule, key)!r}" for key in ("name", "type", "role") if getattr(rule, key))
-    said = plan.origins.get(f"rules[{index}]")
+    said = said_at(plan.origins, f"rules[{index}]")
     return f"rules[{index}] ({words}{f'; {said}' if said else ''})"
 
 
 def _setting(plan: Plan, layer: LayerPlan, key: str) -> str:
     by_rule = layer.rule is not None and key in plan.policy.rules[layer.rule].overrides()
     path = f"rules[{layer.rule}].{key}" if by_rule else f"defaults.{key}"
-    said = plan.origins.get(path)
+    said = said_at(plan.origins, path)
     return f"{key}: {getattr(layer.choice, key)}  # {path}{f', {said}' if said else ''}"
 
 

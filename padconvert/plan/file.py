@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 
-from padconvert.errors import PolicyError
+from padconvert.errors import FileError, PolicyError
 from padconvert.plan.model import Plan
 from padconvert.policy.records import record_from_dict, record_to_dict
 from padconvert.walk.info import Walk
 from padconvert.words import Verdict
 
 SCHEMA = "padconvert.plan/1"
+MAX_BYTES = 64 << 20  # a layer takes about 1 KiB
 
 
 def plan_to_json(plan: Plan) -> str:
@@ -36,6 +38,21 @@ def plan_from_json(text: str, label: str = "plan") -> Plan:
     if fault:
         raise PolicyError(f"{label}: {fault}; write it again with 'convert --plan-out'")
     return plan
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a file. Raises FileError where it cannot be read, PolicyError where it is no plan."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise FileError(f"{path}: the plan cannot be read: {error.strerror or error}") from None
+    if len(data) > MAX_BYTES:
+        raise PolicyError(f"{path}: the file is larger than {MAX_BYTES >> 20} MiB; that is no plan")
+    try:
+        return plan_from_json(data.decode("utf-8"), str(path))
+    except UnicodeDecodeError:
+        raise PolicyError(f"{path}: this is not UTF-8 text, so no plan") from None
 
 
 def check_plan_fits(plan: Plan, walk: Walk, source_sha256: str | None) -> None:

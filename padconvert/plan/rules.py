@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from padconvert.errors import PolicyError
-from padconvert.policy import Rule, did_you_mean, name_matcher
+from padconvert.policy import Rule, did_you_mean, name_matcher, said_at
 from padconvert.walk.info import LayerInfo
 
 Test = Callable[[LayerInfo], bool]
@@ -66,7 +66,8 @@ def _no_match(index: int, rule: Rule, layers: Sequence[LayerInfo], origins: Mapp
 
 
 def _where(path: str, origins: Mapping[str, str]) -> str:
-    return f"{origins[path]}: " if path in origins else ""
+    said = said_at(origins, path)
+    return f"{said}: " if said else ""
 
 
 def _known(key: str, layers: Sequence[LayerInfo]) -> list[str]:

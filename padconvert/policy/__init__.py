@@ -21,8 +21,10 @@ from padconvert.policy.resolve import (
     names_function,
     preset_names,
     preset_text,
+    said_at,
     set_overrides,
 )
+from padconvert.policy.show import render, schema, starter, write_starter
 
 __all__ = [
     "DEFAULT_PRESET",
@@ -41,7 +43,12 @@ __all__ = [
     "names_function",
     "preset_names",
     "preset_text",
+    "render",
     "router_names",
+    "said_at",
+    "schema",
     "score_names",
     "set_overrides",
+    "starter",
+    "write_starter",
 ]

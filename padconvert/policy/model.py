@@ -18,6 +18,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -25,6 +26,7 @@ from padconvert.words import Role
 
 PACKAGE = Path(__file__).parent.parent
 MAX_PATTERN = 200  # characters of a rule's name pattern
+MAX_PLACES = 24  # decimal places of a ratio: a bound on the exact arithmetic that follows
 
 
 def names_in(folder: str) -> tuple[str, ...]:
@@ -69,12 +71,16 @@ def _decimal(value: object) -> object:
     """YAML numbers as the decimal fraction that was written: 0.3 is 3/10, not the nearest double."""
     if isinstance(value, bool):
         return value
-    if isinstance(value, (int, float, str, Decimal)):
-        try:
-            return Decimal(repr(value) if isinstance(value, float) else value).normalize()
-        except InvalidOperation:
-            return value
-    return value
+    if not isinstance(value, (int, float, str, Decimal)):
+        return value
+    try:
+        number = Decimal(repr(value) if isinstance(value, float) else value)
+    except InvalidOperation:
+        return value
+    exponent = number.as_tuple().exponent
+    short = isinstance(exponent, int) and exponent >= -MAX_PLACES
+    # One written form for one number; what is out of bounds is left for the bounds below to name.
+    return number.normalize() if short and 0 <= number <= 1 else number
 
 
 def _one_of(names: Callable[[], tuple[str, ...]]) -> Callable[[str], str]:
@@ -86,8 +92,13 @@ def _one_of(names: Callable[[], tuple[str, ...]]) -> Callable[[str], str]:
     return check
 
 
-# 24 decimal places: enough for anyone, and a bound on the exact arithmetic that follows.
-Ratio = Annotated[Decimal, BeforeValidator(_decimal), Field(ge=0, le=1, decimal_places=24)]
+_RATIO_SCHEMA = {"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"type": "string"}]}
+Ratio = Annotated[
+    Decimal,
+    BeforeValidator(_decimal),
+    Field(ge=0, le=1, decimal_places=MAX_PLACES),
+    WithJsonSchema(_RATIO_SCHEMA, mode="validation"),
+]
 Experts = Annotated[int, Field(ge=2)]
 GranularityName = Literal["element", "channel", "neuron"]
 Scales = Literal["both", "none"]

@@ -42,6 +42,15 @@ class Resolved:
     notes: tuple[str, ...]
 
 
+def said_at(origins: Mapping[str, str], key: str) -> str | None:
+    """Where the value of a dotted key was said: with the key itself, or with the list or section it came in."""
+    while key not in origins:
+        if not (shorter := re.sub(r"(\.[^.\[\]]+|\[\d+\])$", "", key)) or shorter == key:
+            return None
+        key = shorter
+    return origins[key]
+
+
 def preset_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in (PACKAGE / "presets").glob("*.yaml")))
 

@@ -1,0 +1,329 @@
+"""The policy: presets, precedence, and every error at once with where it was said."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+import yaml
+
+from padconvert.errors import PolicyError, UsageError
+from padconvert.policy import (
+    Option,
+    Policy,
+    load_policy,
+    preset_names,
+    preset_text,
+    render,
+    router_names,
+    schema,
+    score_names,
+    set_overrides,
+    starter,
+)
+from padconvert.policy.document import MAX_BYTES
+
+
+def write(folder: Path, text: str, name: str = "p.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems(folder: Path, text: str) -> list[str]:
+    """What is wrong with a policy file, one line each, without the folder's name."""
+    with pytest.raises(PolicyError) as caught:
+        load_policy(write(folder, text))
+    lines = str(caught.value).replace(f"{folder}/", "").splitlines()
+    return [line.strip() for line in lines if not line.endswith("problems in the policy:")]
+
+
+# ---- presets and precedence ------------------------------------------------------------------------------------
+
+
+def test_presets_say_what_the_design_says() -> None:
+    paper = load_policy(preset="paper").policy
+    assert (paper.defaults.dynamic_ratio, paper.defaults.num_experts) == (Decimal("0.3"), 4)
+    assert (paper.defaults.granularity, paper.partition.scope, paper.partition.score) == ("element", "global", "taylor")
+    assert (paper.partition.rounds, paper.train.steps, paper.train.batch_size) == (5, 500, 64)
+    assert (paper.train.warmup, paper.train.partitioning, paper.train.lr) == (0.2, 0.5, 0.01)
+    assert load_policy(preset="fast").policy.defaults.granularity == "channel"
+    assert load_policy(preset="small").policy.defaults.dynamic_ratio < paper.defaults.dynamic_ratio
+    assert load_policy().policy == paper
+
+
+def test_a_default_stands_in_one_file_only() -> None:
+    paper = yaml.safe_load(preset_text("paper"))
+    for name in set(preset_names()) - {"paper"}:
+        changed = yaml.safe_load(preset_text(name))
+        assert changed["extends"] == "paper"
+        for section in changed.keys() - {"version", "extends"}:
+            for key, value in changed[section].items():
+                assert paper[section][key] != value, f"{name} repeats {section}.{key}"
+    required = [name for name, field in Policy.model_fields.items() if not field.is_required()]
+    assert required == []
+
+
+def test_precedence_and_origins(tmp_path: Path) -> None:
+    working = write(tmp_path, "version: 1\nextends: fast\ntrain:\n  steps: 10\n  lr: 0.5\n  momentum: 0.1\n", "w.yaml")
+    own = write(tmp_path, "version: 1\ntrain: {steps: 20, lr: 0.25}\n")
+    resolved = load_policy(own, None, {"train.steps": Option(30, "--steps")}, working)
+    assert (resolved.policy.train.steps, resolved.policy.train.lr, resolved.policy.train.momentum) == (30, 0.25, 0.1)
+    assert resolved.policy.defaults.granularity == "channel"
+    assert resolved.origins["train.steps"] == "option --steps"
+    assert resolved.origins["train.lr"] == f"{own}:2"
+    assert resolved.origins["train.momentum"] == f"{working}:6"
+    assert resolved.origins["defaults.granularity"] == "preset fast"
+    assert resolved.origins["train.batch_size"] == "preset paper"
+    assert resolved.notes == (f"{working} in the working directory was used",)
+
+
+def test_a_rules_own_ratio_stays_and_is_listed(tmp_path: Path) -> None:
+    path = write(tmp_path, "version: 1\nrules: [{name: a, dynamic_ratio: 0.5}, {role: stem, convert: true}]\n")
+    resolved = load_policy(path, overrides={"defaults.dynamic_ratio": Option(0.2, "--dynamic-ratio")})
+    assert resolved.policy.rules[0].dynamic_ratio == Decimal("0.5")
+    assert resolved.policy.defaults.dynamic_ratio == Decimal("0.2")
+    assert resolved.notes == ("rules[0] keeps its own dynamic_ratio 0.5",)
+
+
+def test_a_file_may_extend_a_file_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    write(tmp_path / "base", "version: 1\nextends: small\ntrain: {steps: 7}\ndata: {train: x.npz}\n", "b.yaml")
+    policy = load_policy(write(tmp_path, "version: 1\nextends: base/b.yaml\ndata: {eval: [y.npz]}\n")).policy
+    assert (policy.train.steps, policy.extends, policy.defaults.dynamic_ratio) == (7, "small", Decimal("0.1"))
+    assert policy.data.train == (str(tmp_path / "base" / "x.npz"),)
+    assert policy.data.eval == (str(tmp_path / "y.npz"),)
+
+
+def test_a_cycle_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "version: 1\nextends: p.yaml\n", "q.yaml")
+    (line,) = problems(tmp_path, "version: 1\nextends: q.yaml\n")
+    assert line.startswith("q.yaml:2: extends: 'p.yaml' extends this file in turn")
+
+
+def test_a_ratio_is_the_decimal_that_was_written(tmp_path: Path) -> None:
+    for text in ("0.1", "'0.1'", "0.10", "1.0e-1"):
+        policy = load_policy(write(tmp_path, f"version: 1\ndefaults: {{dynamic_ratio: {text}}}\n")).policy
+        assert str(policy.defaults.dynamic_ratio) == "0.1"
+
+
+def test_set_reaches_into_rules_and_lists(tmp_path: Path) -> None:
+    path = write(tmp_path, "version: 1\nrules: [{name: a, convert: true}]\n")
+    settings = ["rules[0].dynamic_ratio=0.5", "data.mean=[0.5]", "data.std=[2]", "data.task=glue/sst2"]
+    resolved = load_policy(path, overrides=set_overrides(settings))
+    assert resolved.policy.rules[0].dynamic_ratio == Decimal("0.5")
+    assert (resolved.policy.data.mean, resolved.policy.data.task) == ((0.5,), "glue/sst2")
+    assert resolved.origins["rules[0].dynamic_ratio"] == "option --set rules[0].dynamic_ratio=0.5"
+    assert resolved.origins["rules[0].name"] == f"{path}:2"
+
+
+def test_rendered_policy_reads_back_as_itself(tmp_path: Path) -> None:
+    rules = "[{name: 're:a|b', dynamic_ratio: 0.123456789012345678901}, {role: stem, convert: true}]"
+    text = f"version: 1\nextends: fast\nrules: {rules}\n"
+    resolved = load_policy(write(tmp_path, text), overrides=set_overrides(["train.lr=0.00001", "data.task='no'"]))
+    shown = render(resolved)
+    assert load_policy(write(tmp_path, shown, "shown.yaml")).policy == resolved.policy
+    assert "lr: 1.0e-05  # option --set train.lr=0.00001" in shown
+    assert "granularity: channel  # preset fast" in shown
+
+
+def test_starter_changes_nothing_and_its_lines_can_be_uncommented(tmp_path: Path) -> None:
+    assert load_policy(write(tmp_path, starter("fast"))).policy == load_policy(preset="fast").policy
+    head, _, settings = starter("fast").partition("\n# defaults:")
+    lines = ("# defaults:" + settings).splitlines()
+    uncommented = head.rpartition("\n")[0] + "\n" + "\n".join(line.removeprefix("# ") for line in lines)
+    paper = load_policy(preset="paper").policy
+    assert load_policy(write(tmp_path, uncommented)).policy == paper.model_copy(update={"extends": "fast"})
+
+
+def test_schema_lists_what_there_is() -> None:
+    document = schema()
+    choice, data = document["$defs"]["Choice"]["properties"], document["$defs"]["Data"]["properties"]
+    assert document["required"] == ["version"]
+    assert choice["router"]["enum"] == list(router_names())
+    assert document["$defs"]["Partition"]["properties"]["score"]["enum"] == list(score_names())
+    assert choice["dynamic_ratio"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 1}
+    assert [kind["type"] for kind in data["train"]["anyOf"]] == ["array", "string"]
+    assert not any("required" in part for part in document["$defs"].values())
+
+
+def test_scores_and_routers_are_the_files_of_their_folders() -> None:
+    assert {"taylor", "fisher", "variance", "snip", "magnitude", "random"} <= set(score_names())
+    assert {"linear", "mlp"} <= set(router_names())
+
+
+# ---- what is wrong, and where ----------------------------------------------------------------------------------
+
+
+def test_all_errors_at_once_each_with_line_path_and_hint(tmp_path: Path) -> None:
+    text = """\
+version: 1
+defaults:
+  dynamic_ratio: 1.5
+  num_experts: 1
+  granularity: chanel
+rules:
+  - {name: "re:layer(4", convert: false}
+  - {role: stm, convert: true}
+  - {name: a}
+partition: {scope: globl, score: tailor}
+train:
+  stepz: 4
+dynamic_ratio: 0.2
+"""
+    assert set(problems(tmp_path, text)) == {
+        "p.yaml:3: defaults.dynamic_ratio: must be less than or equal to 1, not 1.5.",
+        "p.yaml:4: defaults.num_experts: must be greater than or equal to 2, not 1.",
+        "p.yaml:5: defaults.granularity: must be 'element', 'channel' or 'neuron', not 'chanel'."
+        " Did you mean 'channel'?",
+        "p.yaml:7: rules[0].name: 're:layer(4' is no regular expression:"
+        " missing ), unterminated subpattern at position 5",
+        "p.yaml:8: rules[1].role: 'stm' is none of stem, head, depthwise, attention, ffn, conv, linear."
+        " Did you mean 'stem'?",
+        "p.yaml:9: rules[2]: the rule changes nothing; add 'convert' or another setting of 'defaults'",
+        "p.yaml:10: partition.scope: must be 'global' or 'layer', not 'globl'. Did you mean 'global'?",
+        f"p.yaml:10: partition.score: 'tailor' is none of {', '.join(score_names())}. Did you mean 'taylor'?",
+        "p.yaml:12: train.stepz: unknown key. Did you mean 'steps'?",
+        "p.yaml:13: dynamic_ratio: unknown key. Did you mean 'defaults.dynamic_ratio'?",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train: {lr: 1e-3}", "train.lr: must be a valid number, not '1e-3'. YAML reads 1e-3 as text; write 1.0e-3."),
+        ("defaults: {scales: no}", "not False. YAML reads no as false; write none."),
+        ("rules: [{name: off, convert: true}]", "YAML reads off as false; quote it: 'off'."),
+        ("rules: [{name: 12, convert: true}]", "rules[0].name: must be text; quote it: '12'"),
+        ("train: {steps: 1:30}", "YAML 1.1 reads '1:30' in its own way"),
+        ("train: {steps: 010}", "YAML 1.1 reads '010' in its own way"),
+        ("train: {steps: 1_000}", "YAML 1.1 reads '1_000' in its own way"),
+        ("train: {steps: 2.5}", "train.steps: must be a valid integer, not 2.5."),
+        ("train: {steps: '12'}", "It is quoted text; write the number without quotes."),
+        ("defaults: {num_experts: 2.0}", "defaults.num_experts: must be a valid integer, not 2.0."),
+        ("defaults: {num_experts: true}", "defaults.num_experts: must be a valid integer"),
+        ("defaults: {dynamic_ratio: .nan}", "defaults.dynamic_ratio: must be a finite number, not NaN."),
+        ("defaults: {dynamic_ratio: -0.1}", "defaults.dynamic_ratio: must be greater than or equal to 0, not -0.1."),
+        ("defaults: {dynamic_ratio: 1e-999999999}", "defaults.dynamic_ratio: Decimal"),
+        ("defaults: {dynamic_ratio: 1e+999999999}", "defaults.dynamic_ratio:"),
+        ("defaults: {dynamic_ratio: '1e999999999'}", "defaults.dynamic_ratio: must be less than or equal to 1"),
+        ("defaults: {dynamic_ratio: one third}", "defaults.dynamic_ratio: must be a"),
+        ("defaults: {dynamic_ratio: true}", "defaults.dynamic_ratio:"),
+        ("train:", "train: has no keys; delete it or fill it"),
+        ("train: 3", "train: must be a mapping of keys, not 3"),
+        ("data: {mean: 3}", "data.mean: must be a list, such as [3]"),
+        ("data: {mean: [1, 2], std: [1]}", "data: 'mean' has 2 values and 'std' 1"),
+        ("train: {warmup: 0.7, partitioning: 0.4}", "add up to 1.1, more than 1"),
+        ("train: {optimizer: adamw}", "adamw needs its own train.lr: the one from preset paper is for sgd"),
+        ("rules: [{convert: true}]", "rules[0]: a rule needs 'name', 'type' or 'role'"),
+        (f"rules: [{{name: {'a' * 201}, convert: true}}]", "the pattern has 201 characters; 200 are allowed"),
+        ("extends: fats", "extends: 'fats' is neither a preset (fast, paper, small)"),
+        ("a: 1\na: 2", "p.yaml:3: a: the key is there twice (first in line 2)"),
+        ("x: &a {steps: 1}\ntrain: {<<: *a}", "merge keys ('<<') are not read"),
+        ("train: {steps: !!python/object:os.system x}", "has no place in a policy"),
+        ("train: {steps: 2001-01-01}", "the YAML type 'timestamp' has no place in a policy"),
+        ("train: [", "this is not YAML"),
+        ("train: {steps: 1", "this is not YAML"),
+        ("---\nversion: 1", "this is not YAML: but found another document"),
+    ],
+)
+def test_one_wrong_line(tmp_path: Path, text: str, expected: str) -> None:
+    lines = problems(tmp_path, f"version: 1\n{text}\n")
+    assert [line for line in lines if expected in line and line.startswith("p.yaml:")], lines
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "the policy is empty"),
+        ("- 1", "p.yaml:1: a policy is a mapping of keys"),
+        ("train: {steps: 3}", "p.yaml:1: version: the key is missing; write 'version: 1'"),
+        ("version: 2", "p.yaml:1: version: must be 1"),
+        ("version: true", "p.yaml:1: version: must be 1"),
+        ("version: 1\nx: &a [*a]", "aliases or nesting grow past"),
+        ("version: 1\nx: " + "[" * 3000, "nested too deeply"),
+        ("version: 1\n#" + "x" * MAX_BYTES, "the file is larger than 256 KiB"),
+    ],
+)
+def test_no_policy_at_all(tmp_path: Path, text: str, expected: str) -> None:
+    assert any(expected in line for line in problems(tmp_path, text))
+
+
+def test_an_alias_bomb_is_refused(tmp_path: Path) -> None:
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
+    (line,) = problems(tmp_path, "version: 1\n" + "\n".join(levels))
+    assert "aliases or nesting grow past 20000 values" in line
+
+
+def test_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_bytes(b"version: 1\n\xff\xfe")
+    with pytest.raises(PolicyError, match="not UTF-8"):
+        load_policy(path)
+    with pytest.raises(PolicyError, match=r"nowhere\.yaml: the policy file cannot be read"):
+        load_policy(tmp_path / "nowhere.yaml")
+
+
+def test_errors_of_options_alone_are_usage_errors(tmp_path: Path) -> None:
+    overrides = {
+        "defaults.dynamic_ratio": Option(1.5, "--dynamic-ratio"),
+        "defaults.num_experts": Option(1, "--experts"),
+        **set_overrides(["trian.steps=1", "train.stepz=1", "rules[0].name=a", "data.mean=[1", "extends=fast"]),
+    }
+    with pytest.raises(UsageError) as caught:
+        load_policy(overrides=overrides)
+    text = str(caught.value)
+    assert "option --dynamic-ratio: defaults.dynamic_ratio: must be less than or equal to 1, not 1.5." in text
+    assert "option --experts: defaults.num_experts: must be greater than or equal to 2, not 1." in text
+    assert "trian.steps: there is no 'trian' to set. Did you mean 'train'?" in text
+    assert "train.stepz: unknown key. Did you mean 'steps'?" in text
+    assert "rules[0].name: there is no [0]: the list has 0 entries" in text
+    assert "data.mean: this is not YAML" in text.replace("option --set data.mean=[1:1: ", "")
+    assert "extends: cannot be set here" in text
+    with pytest.raises(PolicyError, match=r"p\.yaml:2: train\.steps(.|\n)*--dynamic-ratio"):
+        load_policy(write(tmp_path, "version: 1\ntrain: {steps: 0}\n"), overrides=overrides)
+
+
+def test_preset_options() -> None:
+    with pytest.raises(UsageError, match="Did you mean 'fast'"):
+        load_policy(preset="fats")
+    with pytest.raises(UsageError, match="write it as KEY=VALUE"):
+        set_overrides(["train.steps"])
+
+
+def test_a_file_that_extends_a_preset_and_another_preset_contradict(tmp_path: Path) -> None:
+    path = write(tmp_path, "version: 1\nextends: fast\n")
+    with pytest.raises(UsageError, match="already extends 'fast'"):
+        load_policy(path, "small")
+    assert load_policy(write(tmp_path, "version: 1\n"), "small").policy.defaults.dynamic_ratio == Decimal("0.1")
+
+
+def test_a_fault_in_a_lower_file_is_seen_though_overridden(tmp_path: Path) -> None:
+    working = write(tmp_path, "version: 1\ntrain: {steps: x}\n", "w.yaml")
+    with pytest.raises(PolicyError, match=r"w\.yaml:2: train\.steps"):
+        load_policy(write(tmp_path, "version: 1\ntrain: {steps: 3}\n"), working_file=working)
+
+
+@pytest.mark.parametrize("value", ["pkg.mod:function", "[a.npz, 'm:f']", "./pkg.mod:f", "'os:system.x'"])
+def test_the_working_file_names_no_code(tmp_path: Path, value: str) -> None:
+    text = f"version: 1\narch: pkg.mod:Net\ntrust: [pkg]\ndata:\n  train: {value}\n"
+    with pytest.raises(PolicyError) as caught:
+        load_policy(working_file=write(tmp_path, text, "padconvert.yaml"))
+    lines = str(caught.value).splitlines()
+    assert any(":2: arch: padconvert.yaml may not name it" in line for line in lines)
+    assert any(":3: trust: padconvert.yaml may not name it" in line for line in lines)
+    assert any(":5: data.train" in line and "may not run code" in line for line in lines)
+    assert len(lines) == 4
+
+
+def test_nor_does_a_file_that_it_extends(tmp_path: Path) -> None:
+    write(tmp_path, "version: 1\ndata: {eval: pkg.mod:f}\n", "b.yaml")
+    with pytest.raises(PolicyError, match="may not run code"):
+        load_policy(working_file=write(tmp_path, "version: 1\nextends: b.yaml\n", "padconvert.yaml"))
+
+
+def test_a_policy_file_that_was_named_may_name_a_function(tmp_path: Path) -> None:
+    policy = load_policy(write(tmp_path, "version: 1\ndata: {train: [pkg.mod:f, a.npz]}\n")).policy
+    assert policy.data.train == ("pkg.mod:f", str(tmp_path / "a.npz"))
