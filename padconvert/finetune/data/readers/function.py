@@ -133,7 +133,10 @@ def _inputs(given: object, ref: str) -> Tensor | dict[str, Tensor]:
 def _tensor(given: object, ref: str) -> Tensor:
     if isinstance(given, Tensor):
         return given.detach().cpu()
-    array = np.asarray(given)
+    try:
+        array = np.asarray(given)
+    except ValueError as error:
+        raise FileError(f"{ref}: gives a {type(given).__name__} that is no array ({error}). {_GIVES}") from error
     if array.dtype == object:
         raise FileError(f"{ref}: gives {type(given).__name__} where a tensor or an array was expected. {_GIVES}")
     return numeric(array, ref)

@@ -31,6 +31,7 @@ _FORMATS: dict[str, tuple[str, dict[str, object]]] = {
     ".jsonl": ("from_json", {}),
 }
 _DEFAULT_INPUT = "x"
+_NO_ROWS = "{}: holds no rows. Name a file with at least one"
 
 
 def matches(ref: str) -> bool:
@@ -70,7 +71,7 @@ class _Table:
         self.path = path
         self.dataset = _loaded(path)
         if len(self.dataset) == 0:
-            raise FileError(f"{path}: holds no rows. Name a file with at least one")
+            raise FileError(_NO_ROWS.format(path))
         self.label_column = self._label_column(spec)
         self.inputs = self._inputs(spec)
         self.image_column = self._image_column()
@@ -199,6 +200,8 @@ def _loaded(path: Path) -> Any:
             # a path is a pattern there
             return read_file([glob.escape(str(path))], cache_dir=cache, keep_in_memory=True, **options)
         except Exception as error:  # pandas', pyarrow's and its own: they share no parent
+            if "corresponds to no data" in str(error):
+                raise FileError(_NO_ROWS.format(path)) from error
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise FileError(
                 f"{path}: is not a readable {path.suffix} table ({reason}). Repair or rewrite it"
