@@ -1,0 +1,120 @@
+"""A user's saved model → a module and how to rebuild it. Nothing out of the file is executed.
+
+One file per kind of input; `detect` tells them apart by content. A new kind is a new file and a case below.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from padconvert.errors import FileError, UnsafeError, UsageError
+from padconvert.load.detect import InputKind as InputKind
+from padconvert.load.detect import detect as detect
+from padconvert.load.detect import refusal
+from padconvert.load.factory import architecture_of, build_factory, check_factory_trusted, put_tensors_
+from padconvert.load.names import check_trust
+from padconvert.load.pickled_file import load_pickled
+from padconvert.load.safetensors_file import load_safetensors
+from padconvert.load.skeleton import module_from as module_from
+from padconvert.load.skeleton import skeleton_of as skeleton_of
+from padconvert.load.source import Source as Source
+from padconvert.load.source import check_finite, own_tensors, sha256_of
+
+_NO_ARCHITECTURE = "the file holds tensors but no architecture; name one with --arch"
+
+
+def open_source(
+    path: str | os.PathLike[str],
+    *,
+    arch: str | None = None,
+    arch_args: Mapping[str, object] | None = None,
+    trust: Sequence[str] = (),
+    hash: bool = True,
+) -> Source:
+    """Opens a saved model; see `Source`. `hash=False` leaves the checksum out, which would read the whole file.
+
+    Raises FileError (damaged, not a model, another architecture, NaN in a parameter), UnsafeError (names code that
+    is not allowed), UsageError (`arch` or `trust` malformed).
+    """
+    place = Path(path)
+    packages = check_trust(trust)
+    architecture = architecture_of(arch, arch_args or {}) if arch else None
+    if arch_args and not arch:
+        raise UsageError("--arch-arg needs --arch, the factory that takes it.")
+    kind, module, tensors, notes = _load(place, packages)
+    if module is not None and architecture is not None:
+        raise UsageError(f"{place}: holds a whole model, so --arch has nothing to build. Leave --arch away.")
+    if module is None and architecture is not None:
+        module = build_factory(architecture)
+        put_tensors_(module, tensors, str(place))
+    extra: Mapping[str, Tensor] = {}
+    if module is not None:
+        check_finite(module, str(place))
+        tensors = own_tensors(module)
+        if architecture is None:
+            architecture, extra = describe(module, packages)
+    return Source(
+        place,
+        kind,
+        module,
+        tensors,
+        architecture or {"kind": "none", "why": _NO_ARCHITECTURE},
+        place.stat().st_size,
+        sha256_of(place) if hash else None,
+        notes,
+        extra,
+    )
+
+
+def _load(path: Path, trust: tuple[str, ...]) -> tuple[str, nn.Module | None, Mapping[str, Tensor], tuple[str, ...]]:
+    match detect(path):
+        case InputKind.PICKLE:
+            return load_pickled(path, trust)
+        case InputKind.SAFETENSORS:
+            tensors, notes = load_safetensors(path)
+            return "safetensors", None, tensors, notes
+        case other:
+            raise refusal(other, path)
+
+
+def describe(module: nn.Module, trust: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The architecture of a module as a skeleton, and the tensors it needs beside the state dict; or why not."""
+    try:
+        skeleton, extra = skeleton_of(module, trust)
+    except (UnsafeError, FileError) as error:
+        return {"kind": "none", "why": str(error)}, {}
+    return {"kind": "skeleton", "skeleton": skeleton}, extra
+
+
+def rebuild(
+    architecture: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    trust: Sequence[str] = (),
+    missing_ok: Collection[str] = (),
+) -> nn.Module:
+    """The module that an artefact's manifest describes, with these tensors. Names in `missing_ok` may be absent;
+    theirs stay on the meta device until the caller swaps the layers they belong to.
+
+    Raises UnsafeError where it needs code that nobody trusts, FileError where the description is damaged or absent.
+    """
+    packages = check_trust(trust)
+    match architecture.get("kind"):
+        case "factory":
+            check_factory_trusted(architecture, packages)
+            args = architecture.get("args")
+            checked = architecture_of(str(architecture.get("ref")), args if isinstance(args, dict) else {})
+            module = build_factory(checked)
+            put_tensors_(module, tensors, "the artefact", missing_ok)
+            return module
+        case "skeleton":
+            return module_from(architecture.get("skeleton"), tensors, packages, missing_ok)
+        case "none":
+            why = architecture.get("why")
+            raise FileError(f"the artefact cannot rebuild its network ({why}). Load it with into=, a module of yours.")
+        case other:
+            raise FileError(f"the artefact describes its network as {other!r}, which this padconvert does not know.")

@@ -48,7 +48,13 @@ def _check_names(file: MappedFile, infos: list[zipfile.ZipInfo]) -> None:
         raise UnsafeError(f"{file.path}: two members of the archive have the same name. Save it again with torch.save.")
     for name in names:
         parts = PurePosixPath(name).parts
-        if len(parts) < 2 or name.startswith("/") or ".." in parts or "\\" in name or "/" + "/".join(parts) != "/" + name:
+        if (
+            len(parts) < 2
+            or name.startswith("/")
+            or ".." in parts
+            or "\\" in name
+            or "/" + "/".join(parts) != "/" + name
+        ):
             raise UnsafeError(f"{file.path}: member {name!r} is not a plain path. Save it again with torch.save.")
     if len({name.split("/", 1)[0] for name in names}) > 1:
         raise UnsafeError(f"{file.path}: the archive has more than one top folder. Save it again with torch.save.")

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from padconvert.allow import TYPES, hint
+from padconvert.allow import FUNCTIONS, TYPES, hint, inside
 from padconvert.errors import FileError, UnsafeError
 from padconvert.load.names import resolve
 from padconvert.load.nodes import (
@@ -45,13 +45,17 @@ _MISSING = object()
 _MEMBERS = {"_parameters": nn.Parameter, "_buffers": Tensor, "_modules": nn.Module}
 _TENSOR_STATE = (bool, int, float, str)
 
+# what torch.nn.Module calls out of its own attributes
+_CODE_KEYS = frozenset(key for key in vars(nn.Module()) if "_hooks" in key) | {
+    "_compiled_call_impl", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_state_dict_pre_hooks",
+}  # fmt: skip
+
 _SERIES: dict[Series, Callable[[list[Any]], Any]] = {
     Series.LIST: list, Series.TUPLE: tuple, Series.SET: set, Series.FROZENSET: frozenset, Series.DEQUE: deque,
 }  # fmt: skip
 _PLAIN: dict[Plain, Callable[..., Any]] = {
     Plain.SLICE: slice, Plain.RANGE: range, Plain.DEVICE: torch.device, Plain.COMPLEX: complex,
     Plain.BYTEARRAY: bytearray, Plain.SIZE: lambda *sizes: torch.Size(sizes),
-    Plain.DTYPE: lambda name: getattr(torch, name),
 }  # fmt: skip
 
 
@@ -61,6 +65,14 @@ def build(root: Value, tensor: Callable[[TensorNode], Tensor], trust: tuple[str,
     Raises UnsafeError where a rule is broken, FileError where the tree does not make sense.
     """
     return _Builder(tensor, trust, where).run(root)
+
+
+def _holds_nothing(value: Value) -> bool:
+    match value:
+        case None | False | True | TableNode(pairs=[]) | SeriesNode(items=[]):
+            return True
+        case _:
+            return False
 
 
 class _Builder:
@@ -105,13 +117,21 @@ class _Builder:
             case ObjectNode():
                 self.check_object(node)
             case NameNode():
-                self.named(node)
+                self.check_name(node)
             case TableNode(state=state):
                 self.check_table(node, state)
             case SeriesNode(kind=Series.SET | Series.FROZENSET, items=items):
                 self.check_keys(items)
             case TensorNode(state=state):
                 self.check_tensor_state(state)
+
+    def check_name(self, node: NameNode) -> None:
+        """A class or function that stands as a value: a layer's class, a listed function, or trusted code."""
+        found = self.named(node)
+        if isinstance(found, torch.dtype) or node.full in FUNCTIONS or node.full in TYPES:
+            return
+        if not inside(node.module, self.trust) and not (inspect.isclass(found) and issubclass(found, nn.Module)):
+            self.refuse(f"{node.full} stands as a value, but it is no layer's class and not on the list of functions")
 
     def check_table(self, node: TableNode, state: TableNode | None) -> None:
         self.check_keys([key for key, _ in node.pairs])
@@ -124,8 +144,13 @@ class _Builder:
         """Keys are scalars, names or short tuples of those: hashing them costs nothing and calls nothing."""
         for key in keys:
             flat = key.items if isinstance(key, SeriesNode) and key.kind is Series.TUPLE else [key]
-            if any(isinstance(item, Node) and not isinstance(item, NameNode | PlainNode) for item in flat):
+            if any(isinstance(item, Node) and not self.is_plain_key(item) for item in flat):
                 self.refuse("a key of a dict or set is not a plain value")
+
+    def is_plain_key(self, item: Node) -> bool:
+        if isinstance(item, PlainNode):
+            return item.kind not in (Plain.SLICE, Plain.BYTEARRAY)
+        return isinstance(item, NameNode)
 
     def check_tensor_state(self, state: TableNode | None) -> None:
         for key, value in state.pairs if state else []:
@@ -156,15 +181,14 @@ class _Builder:
     def check_attribute(self, cls: Any, node: ObjectNode, key: str, value: Value) -> None:
         known = inspect.getattr_static(cls, key, _MISSING)
         if known is not _MISSING and (callable(known) or hasattr(type(known), "__get__")):
-            self.refuse(f"a {node.cls.name} carries {key!r} among its attributes, which would hide a method of its class")
-        empty = value is None or (isinstance(value, SeriesNode) and not value.items)
-        empty = empty or (isinstance(value, TableNode) and not value.pairs and value.state is None)
-        if issubclass(cls, nn.Module) and not empty and ("_hooks" in key or key == "_compiled_call_impl"):
-            if isinstance(value, TableNode | SeriesNode | ObjectNode | NameNode):
-                raise UnsafeError(
-                    f"{self.where}: a {node.cls.name} carries hooks ({key}), which are code. "
-                    "Remove them and save the model again, or save its state dict and name a factory with --arch."
-                )
+            self.refuse(
+                f"a {node.cls.name} carries {key!r} among its attributes, which would hide a method of its class"
+            )
+        if issubclass(cls, nn.Module) and key in _CODE_KEYS and not _holds_nothing(value):
+            raise UnsafeError(
+                f"{self.where}: a {node.cls.name} carries hooks ({key}), which are code. "
+                "Remove them and save the model again, or save its state dict and name a factory with --arch."
+            )
 
     def check_module(self, node: ObjectNode) -> None:
         state = dict(node.state.pairs) if node.state else {}
@@ -186,7 +210,7 @@ class _Builder:
             case SeriesNode(kind=Series.LIST | Series.SET):
                 self.made[id(node)] = _SERIES[node.kind]([])
             case SeriesNode(kind=Series.DEQUE):
-                self.made[id(node)] = deque([], node.maxlen)
+                self.made[id(node)] = deque(maxlen=node.maxlen)
             case TableNode():
                 self.made[id(node)] = self.empty_table(node)
             case ObjectNode(cls=name):
@@ -204,6 +228,8 @@ class _Builder:
                 return defaultdict(self.named(node.factory) if node.factory else None)
 
     def make_fixed(self, node: Node) -> None:
+        if id(node) in self.made:
+            return
         match node:
             case SeriesNode(kind=Series.TUPLE | Series.FROZENSET):
                 self.make_nested(node)

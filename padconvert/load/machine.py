@@ -24,8 +24,7 @@ from padconvert.load.nodes import (
 from padconvert.load.reductions import Refusal, persistent, rebuilt
 
 _SCALARS = frozenset(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 STRING BINSTRING SHORT_BINSTRING UNICODE SHORT_BINUNICODE BINUNICODE "
-    "BINUNICODE8 FLOAT BINFLOAT BINBYTES SHORT_BINBYTES BINBYTES8".split()
+    ["INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "FLOAT", "BINFLOAT", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"]
 )
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY = {"EMPTY_LIST": Series.LIST, "EMPTY_TUPLE": Series.TUPLE, "EMPTY_SET": Series.SET}
@@ -84,6 +83,7 @@ class _Machine:
         self.memo: dict[int, Value] = {}
         self.names: list[NameNode] = []
         self.storages: dict[str, StorageNode] = {}
+        self.numbered: dict[int, TensorNode] = {}
         self.finished = False
 
     def tree(self) -> Tree:
@@ -272,7 +272,7 @@ class _Machine:
         target = self.top()
         if isinstance(target, RefusedNode):
             return
-        if not isinstance(target, ObjectNode | TableNode | TensorNode) or not isinstance(state, TableNode):
+        if not isinstance(target, ObjectNode | TableNode) or not isinstance(state, TableNode):
             raise UnsafeError(f"{self.where}: its pickle sets a state that is not a plain dict. Save it again.")
         if target.state is not None:
             raise UnsafeError(f"{self.where}: its pickle sets the state of one object twice. Save it again.")
@@ -284,6 +284,9 @@ class _Machine:
             known = self.storages.setdefault(node.key, node)
             if (known.dtype, known.entries) != (node.dtype, node.entries):
                 raise FileError(f"{self.where}: storage {node.key!r} is described in two ways. Save it again.")
+        if isinstance(node, TensorNode) and isinstance(node.source, int):
+            # pickle does not remember what it wrote as a persistent id, but one tensor is one node
+            node = self.numbered.setdefault(node.source, node)
         self.stack.append(node)
 
 

@@ -29,9 +29,12 @@ def check_trust(trust: Sequence[str]) -> tuple[str, ...]:
 
 def acceptable(name: NameNode, trust: tuple[str, ...]) -> bool:
     """Whether a name may stand in a pickle that is going to be rebuilt."""
-    if name.full in DATA_NAMES or name.full in FUNCTIONS or name.full in TYPES:
-        return True
-    return class_allowed(name.module, name.name, trust)
+    return name.full in DATA_NAMES or buildable(name, trust)
+
+
+def buildable(name: NameNode, trust: tuple[str, ...]) -> bool:
+    """Whether a name may become a class or function, and not only be read as data."""
+    return name.full in FUNCTIONS or name.full in TYPES or class_allowed(name.module, name.name, trust)
 
 
 def refused_names(names: Iterable[NameNode], trust: tuple[str, ...]) -> list[NameNode]:
@@ -55,10 +58,13 @@ def _steps(refused: list[NameNode]) -> str:
 
 
 def join_working_directory() -> None:
-    """Lets modules of the working directory be imported. Called only when the user asked for code by name."""
+    """Lets modules of the working directory be imported. Called only when the user asked for code by name.
+
+    It comes last, so that no file that happens to lie there stands in for an installed package.
+    """
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)
+        sys.path.append(here)
 
 
 def resolve(name: NameNode, trust: tuple[str, ...], where: str) -> Any:
@@ -67,8 +73,7 @@ def resolve(name: NameNode, trust: tuple[str, ...], where: str) -> Any:
     Raises UnsafeError where the name is not allowed or what is found there is another thing, FileError where the
     package or the name is not installed here.
     """
-    if not acceptable(name, trust):
-        check_names([name], trust, where)
+    if not buildable(name, trust):
         raise UnsafeError(f"{where}: {name.full} cannot be part of a model; {hint(name.module, name.name)}.")
     if inside(name.module, trust):
         join_working_directory()

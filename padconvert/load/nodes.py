@@ -36,7 +36,6 @@ class Plain(StrEnum):
     RANGE = "range"
     SIZE = "size"
     DEVICE = "device"
-    DTYPE = "dtype"
     COMPLEX = "complex"
     BYTEARRAY = "bytearray"
 
@@ -131,9 +130,7 @@ class RefusedNode:
 
 
 Scalar = None | bool | int | float | str | bytes
-Node = (
-    SeriesNode | TableNode | PlainNode | NameNode | MemberNode | ObjectNode | TensorNode | StorageNode | RefusedNode
-)
+Node = SeriesNode | TableNode | PlainNode | NameNode | MemberNode | ObjectNode | TensorNode | StorageNode | RefusedNode
 Value = Scalar | Node
 
 
@@ -147,7 +144,7 @@ class Tree:
 
 
 def children(node: Node) -> Iterator[Value]:
-    """The values directly inside a node, in their order."""
+    """The values directly inside a node, in their order; not the names of its class or factory."""
     match node:
         case SeriesNode():
             yield from node.items
@@ -155,14 +152,8 @@ def children(node: Node) -> Iterator[Value]:
             for key, value in node.pairs:
                 yield key
                 yield value
-            yield node.factory
             yield node.state
-        case ObjectNode():
-            yield node.cls
-            yield node.state
-        case MemberNode():
-            yield node.cls
-        case TensorNode():
+        case ObjectNode() | TensorNode():
             yield node.state
 
 

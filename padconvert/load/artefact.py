@@ -1,0 +1,99 @@
+"""An artefact → a trainable module: the source's network rebuilt, its converted layers swapped in and filled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from padconvert.checkpoint.layout import expected_tensors, join
+from padconvert.checkpoint.manifest import LayerEntry
+from padconvert.checkpoint.read import Checkpoint, read_checkpoint
+from padconvert.errors import FileError
+from padconvert.layers import PadLayer, build_layer
+from padconvert.load import rebuild
+from padconvert.rewrite import swap_
+
+
+def load(path: str | os.PathLike[str], *, into: nn.Module | None = None, trust: Sequence[str] = ()) -> nn.Module:
+    """The model of an artefact in eval mode, on the CPU; it can be trained on.
+
+    `into` is a module of the source's architecture, with its static layers: it is changed and returned. Without it
+    the network is rebuilt from the manifest; a factory is imported only where `trust` names its package.
+    Raises FileError (damaged, another architecture), UnsafeError (needs code that nobody trusts).
+    """
+    return load_checkpoint(read_checkpoint(Path(path)), into=into, trust=trust)
+
+
+def load_checkpoint(checkpoint: Checkpoint, *, into: nn.Module | None = None, trust: Sequence[str] = ()) -> nn.Module:
+    """As `load`, of an open checkpoint."""
+    manifest = checkpoint.manifest
+    inside = {name for entry in manifest.layers for name in _names_inside(entry)}
+    kept = {name: tensor for name, tensor in checkpoint.tensors(copy=True).items() if name not in inside}
+    absent = {join(name, part) for e in manifest.layers for name in (e.name, *e.aliases) for part in ("weight", "bias")}
+    if into is None:
+        model = rebuild(manifest.architecture, kept, trust, missing_ok=absent)
+    else:
+        model = into
+        _fill(model, {name: t for name, t in kept.items() if name not in manifest.extra_tensors}, absent)
+    built = {entry.name: _built(checkpoint, entry) for entry in manifest.layers}
+    _check_places(model, manifest.layers)
+    swap_(model, {name: built[entry.name] for entry in manifest.layers for name in (entry.name, *entry.aliases)})
+    return model.eval()
+
+
+def _names_inside(entry: LayerEntry) -> list[str]:
+    """All names that the tensors of a converted layer have in the file, those of its aliases too."""
+    own = [name[len(join(entry.name, "")) :] for name in expected_tensors(entry)]
+    return [join(prefix, name) for prefix in (entry.name, *entry.aliases) for name in own]
+
+
+def _built(checkpoint: Checkpoint, entry: LayerEntry) -> PadLayer:
+    """The layer with its stored values; equal experts are expanded to all K."""
+    layer = build_layer(entry.facts)
+    state: dict[str, Tensor] = {}
+    for name in expected_tensors(entry):
+        tensor = checkpoint.tensor(name, copy=True)
+        own = name[len(join(entry.name, "")) :]
+        if entry.equal_experts and own.endswith("_dynamic"):
+            tensor = tensor.expand(entry.facts.num_experts, *tensor.shape[1:]).clone()
+        state[own] = tensor
+    layer.load_state_dict(state)
+    return layer
+
+
+def _check_places(model: nn.Module, entries: Sequence[LayerEntry]) -> None:
+    """Every converted layer has a static layer of its shape to take the place of."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for entry in entries:
+        weight = getattr(modules.get(entry.name), "weight", None)
+        if weight is None or tuple(weight.shape) != entry.facts.weight_shape:
+            there = "no layer" if weight is None else f"a layer of shape {list(weight.shape)}"
+            raise FileError(
+                f"the module has {there} named '{entry.name}', the artefact one of shape "
+                f"{list(entry.facts.weight_shape)}. Give the architecture that the artefact was made from."
+            )
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor], absent: set[str]) -> None:
+    """Copy the tensors that are not in a converted layer into the caller's module."""
+    own = model.state_dict(keep_vars=True)
+    missing = sorted(own.keys() - tensors.keys() - absent)
+    unexpected = sorted(tensors.keys() - own.keys())
+    shapes = sorted(name for name, t in tensors.items() if name in own and own[name].shape != t.shape)
+    faults = [
+        f"{len(names)} {what} ({', '.join(names[:3])})"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    if faults:
+        raise FileError(
+            f"the module is of another architecture than the artefact: {'; '.join(faults)}. "
+            "Give the architecture that the artefact was made from."
+        )
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)

@@ -1,0 +1,53 @@
+"""A file that torch.save wrote: a whole module, a state dict, or a checkpoint that holds either."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from padconvert.errors import FileError
+from padconvert.load.build import build
+from padconvert.load.names import check_names
+from padconvert.load.nodes import ObjectNode, TableNode, TensorNode, View
+from padconvert.load.reader import Pickled, read
+from padconvert.load.state_dict import find_network, tensor_names
+
+Loaded = tuple[str, nn.Module | None, Mapping[str, Tensor], tuple[str, ...]]
+
+
+def load_pickled(path: Path, trust: tuple[str, ...]) -> Loaded:
+    """(kind, the module where the file holds one, its tensors otherwise, notes).
+
+    Raises UnsafeError where a name in the file is not allowed, FileError where there is no network in it.
+    """
+    pickled = read(path)
+    check_names(pickled.tree.names, trust, str(path))
+    found = find_network(pickled.tree.root, str(path))
+    if isinstance(found.node, ObjectNode):
+        return found.kind, _module(pickled, found.node, trust, path), {}, found.notes
+    tensors, notes = _tensors(pickled, found.node, path)
+    return found.kind, None, tensors, (*found.notes, *notes)
+
+
+def _module(pickled: Pickled, node: ObjectNode, trust: tuple[str, ...], path: Path) -> nn.Module:
+    built = build(node, lambda tensor: _tensor(pickled, tensor), trust, str(path))
+    if not isinstance(built, nn.Module):
+        raise FileError(f"{path}: a saved {type(built).__name__}, not a model. Save the model or its state dict.")
+    return built
+
+
+def _tensors(pickled: Pickled, table: TableNode, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    nodes = {key: value for key, value in table.pairs if isinstance(key, str) and isinstance(value, TensorNode)}
+    names, notes = tensor_names(list(nodes), str(path))
+    made: dict[int, Tensor] = {}
+    for node in nodes.values():
+        made[id(node)] = _tensor(pickled, node)
+    return {name: made[id(nodes[stored])] for name, stored in names.items()}, notes
+
+
+def _tensor(pickled: Pickled, node: TensorNode) -> Tensor:
+    if not isinstance(node.source, View):
+        raise FileError(f"{pickled.storages.file.path}: a tensor without a storage. The file is damaged.")
+    return pickled.storages.tensor(node.source)

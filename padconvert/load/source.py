@@ -1,0 +1,99 @@
+"""What `open_source` hands on: a saved model, loaded, and how to build its module again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from padconvert.errors import FileError
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A saved model.
+
+    `kind` is "module", "state_dict", "checkpoint" or "safetensors". `module` is None where the file holds tensors
+    and nobody named a factory. `tensors` holds every parameter and persistent buffer once, by its first name;
+    `extra_tensors` what the skeleton needs beside them. `architecture` is JSON: {"kind": "factory", "ref", "args"},
+    {"kind": "skeleton", …} or {"kind": "none", "why"}. `sha256` is None where it was not asked for.
+    `notes` are lines a person wants to read: what was taken, stripped, left unread.
+    """
+
+    path: Path
+    kind: str
+    module: nn.Module | None
+    tensors: Mapping[str, Tensor]
+    architecture: dict[str, Any]
+    bytes: int
+    sha256: str | None
+    notes: tuple[str, ...] = ()
+    extra_tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def sha256_of(path: Path) -> str:
+    """The file's checksum, read in pieces. Raises FileError where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    return digest.hexdigest()
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The module's parameters and persistent buffers, each once, by the first of its names."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach()
+    return tensors
+
+
+def check_finite(module: nn.Module, where: str) -> None:
+    """Raises FileError naming the first parameter that holds NaN or infinity. Buffers may (masks of −inf do)."""
+    for name, parameter in module.named_parameters():
+        if not _finite(parameter.detach()):
+            raise FileError(
+                f"{where}: parameter '{name}' holds NaN or infinity, so the model is broken. "
+                "Take a checkpoint from before its training diverged."
+            )
+
+
+def _finite(tensor: Tensor) -> bool:
+    if tensor.is_meta or tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    if tensor.is_complex():
+        return bool(tensor.isfinite().all())
+    if tensor.dtype.itemsize == 1:
+        return bool(tensor.float().isfinite().all())
+    # both ends carry NaN along, and no copy is made
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors that are made when they are asked for."""
+
+    def __init__(self, names: Mapping[str, str], read: Callable[[str], Tensor]) -> None:
+        self.names = names
+        self.read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(self.names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
