@@ -68,7 +68,7 @@ class Provenance:
 @dataclass(frozen=True, slots=True)
 class ProbeInput:
     """One input of the model: its name (None: positional), its shape without the batch, its dtype, and for integers
-    the exclusive upper bound of its values."""
+    the exclusive upper and the lower bound of its values."""
 
     __pydantic_config__ = _STRICT
 
@@ -76,6 +76,7 @@ class ProbeInput:
     shape: tuple[Count, ...]
     dtype: str
     high: int | None
+    low: int = 0
 
 
 @dataclass(frozen=True, slots=True)

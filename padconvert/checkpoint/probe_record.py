@@ -58,7 +58,7 @@ def _distance(stored: ProbeOutput, output: Tensor, number: int) -> float:
     if len(kept) != len(values):
         raise FileError(f"the probe's output {number} holds {len(values)} values, {len(kept)} belong there.")
     same = (kept == values) | (kept.isnan() & values.isnan())
-    difference = (kept - values).abs().nan_to_num(nan=float("inf"))
+    difference = (kept - values).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
     return float(difference.masked_fill(same, 0.0).max()) if len(kept) else 0.0
 
 
