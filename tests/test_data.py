@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from padconvert.finetune.data.examples import Batch, TensorExamples
 from padconvert.finetune.data.labels import check_labels
 from padconvert.finetune.data.preparation import Preparation, Prepared, seeded
 from padconvert.finetune.data.sources import open_data, open_eval, read
-from padconvert.finetune.data.spec import DataSpec
+from padconvert.finetune.data.spec import DataPolicy, DataSpec
+from padconvert.policy import load_policy
 
 
 def images(count: int, shape: tuple[int, ...] = (8, 8, 3)) -> np.ndarray[Any, Any]:
@@ -282,6 +284,7 @@ def test_streams_of_random_numbers_differ() -> None:
         (DataSpec(mean=(0.1, 0.2, 0.3)), r"data.mean: has 3 numbers, these examples have 8 channels.*layout to nhwc"),
         (DataSpec(std=(0.1, 0.0)), "0 cannot divide"),
         (DataSpec(scale=0.0), "0 cannot divide"),
+        (DataSpec(task="glue/sst2"), "glue/sst2 needs a tokenizer"),
         (DataSpec(augment=("rotate",)), "'rotate' is unknown. Choose from crop, flip"),
         (DataSpec(input_key="x,z", label_key="none", augment=("flip",)), "need examples with one input"),
         (DataSpec(input_key="flat", label_key="none", augment=("flip",)), "needs images"),
@@ -291,6 +294,16 @@ def test_a_data_block_that_cannot_apply(tmp_path: Path, spec: DataSpec, message:
     path = save(tmp_path / "a.npz", x=images(2), y=np.arange(2), z=FLOATS[:2], flat=FLOATS[:2])
     with pytest.raises(PolicyError, match=message):
         open_eval(spec, [path])
+
+
+def test_the_policys_data_block_is_a_spec(tmp_path: Path) -> None:
+    """Its defaults are those of `DataSpec`, so that both read a file alike."""
+    save(tmp_path / "a.npz", x=images(3), y=np.arange(3))
+    (tmp_path / "policy.yaml").write_text("version: 1\ndata: {train: a.npz, holdout: 0, size: [4, 5]}\n")
+    block: DataPolicy = load_policy(tmp_path / "policy.yaml", None).policy.data
+    ours = DataSpec(train=block.train, holdout=0.0, size=(4, 5))
+    assert {field.name: getattr(block, field.name) for field in fields(DataSpec)} == asdict(ours)
+    assert labels_at(Batches(open_data(block, base=tmp_path).train, 3, seed=0), 0) != []
 
 
 def test_layout_nhwc_needs_images(tmp_path: Path) -> None:

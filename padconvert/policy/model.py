@@ -205,6 +205,7 @@ class Data(Section):
     mean: tuple[Finite, ...]
     std: tuple[Positive, ...]
     augment: tuple[Literal["crop", "flip"], ...]
+    size: tuple[Count, Count] | None
     text_columns: tuple[Word, ...]
     label_column: Word
     input_key: Word

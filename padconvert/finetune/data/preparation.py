@@ -105,6 +105,11 @@ class Prepared:
 
 def preparation_of(spec: DataPolicy) -> Preparation:
     """The preparation that a policy's `data:` block asks for. Raises `PolicyError`."""
+    if spec.task is not None:
+        raise PolicyError(
+            f"data.task: {spec.task} needs a tokenizer, which this version does not have. Leave it out, and give "
+            "tokenized arrays in an .npz file with data.input_key: input_ids,attention_mask"
+        )
     unknown = sorted(set(spec.augment) - set(AUGMENTATIONS))
     if unknown:
         raise PolicyError(f"data.augment: {unknown[0]!r} is unknown. Choose from {', '.join(AUGMENTATIONS)}")

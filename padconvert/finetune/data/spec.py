@@ -35,6 +35,8 @@ class DataPolicy(Protocol):
     def size(self) -> tuple[int, int] | None: ...
     @property
     def holdout(self) -> float: ...
+    @property
+    def task(self) -> str | None: ...
 
 
 #: as `label_key` or `label_column`: there are no labels
@@ -58,6 +60,7 @@ class DataSpec:
     label_key: str = "y"
     size: tuple[int, int] | None = None
     holdout: float = 0.1
+    task: str | None = None
 
 
 def input_names(spec: DataPolicy) -> list[str]:
