@@ -387,6 +387,7 @@ def edited(plan: Plan, *path: str | int, value: object) -> str:
         (("policy", "defaults", "num_experts"), 1, r"policy\.defaults\.num_experts"),
         (("layers", 1, "n_dynamic"), 10**6, "n_dynamic 1000000 is not within its 2304 units"),
         (("layers", 1, "n_dynamic"), None, "n_dynamic is given by the layer or by one pool"),
+        (("layers", 1, "n_units"), 10**6, "n_units 1000000 is not what its weight has"),
         (("layers", 4, "verdict"), "convert", "verdict and choice contradict each other"),
         (("layers", 1, "info", "name"), "stem", "listed 2 times"),
     ],

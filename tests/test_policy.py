@@ -153,6 +153,16 @@ def test_scores_and_routers_are_the_files_of_their_folders() -> None:
     assert {"linear", "mlp"} <= set(router_names())
 
 
+def test_the_reference_names_every_key_and_its_example_is_a_policy(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "policy.md").read_text(encoding="utf-8")
+    for section, model in ((key, field.annotation) for key, field in Policy.model_fields.items()):
+        for key in getattr(model, "model_fields", {}):
+            assert f"`{key}`" in text, f"{section}.{key}"
+    example = text.partition("```yaml\n")[2].partition("```")[0]
+    policy = load_policy(write(tmp_path, example)).policy
+    assert (policy.rules[1].name, policy.data.scale, policy.data.layout) == ("layer4.*", 255, "nhwc")
+
+
 # ---- what is wrong, and where ----------------------------------------------------------------------------------
 
 

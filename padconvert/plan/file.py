@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from padconvert.errors import FileError, PolicyError
+from padconvert.plan.count import n_units
 from padconvert.plan.model import Plan
 from padconvert.policy.records import record_from_dict, record_to_dict
 from padconvert.walk.info import Walk
@@ -87,6 +88,8 @@ def _inconsistency(plan: Plan) -> str | None:
             return f"layer {layer.info.name}: verdict and choice contradict each other"
         if converted and (layer.n_dynamic is None) != (layer.info.name in pooled):
             return f"layer {layer.info.name}: n_dynamic is given by the layer or by one pool"
+        if layer.choice is not None and layer.n_units != n_units(layer.info, layer.choice.granularity):
+            return f"layer {layer.info.name}: n_units {layer.n_units} is not what its weight has"
         if layer.n_dynamic is not None and not 0 <= layer.n_dynamic <= layer.n_units:
             return f"layer {layer.info.name}: n_dynamic {layer.n_dynamic} is not within its {layer.n_units} units"
     return None
