@@ -8,10 +8,9 @@ from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from padconvert.walk.guess import guesses, guesses_of_shape
-from padconvert.walk.quiet import device_of, untouched
+from padconvert.walk.quiet import device_of, is_uninitialized, untouched
 from padconvert.walk.spec import InputSpec, ProbeSpec, from_json, to_json
 
 __all__ = [
@@ -39,8 +38,8 @@ def find_probe(module: nn.Module, input_shape: tuple[int, ...] | None) -> ProbeS
     A shape that the forward refuses both ways is still returned, as numbers: the walk then says why it fails.
     Without a shape, the guesses of `walk.guess` are tried one by one; `origin` says which assumption held.
     """
-    if any(is_lazy(p) for p in module.parameters()):
-        return None  # a call would give the lazy layers their weights
+    if is_uninitialized(module):
+        return None
     if input_shape is not None:
         given = [ProbeSpec(inputs, SEED, origin) for inputs, origin in guesses_of_shape(module, input_shape)]
         return next((spec for spec in given if _accepts(module, spec)), given[0])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 # A module keeps these as dicts of its own, so a copy of `__dict__` alone would not bring them back.
 TABLES = ("_parameters", "_buffers", "_modules")
@@ -20,6 +21,12 @@ def device_of(module: nn.Module) -> torch.device:
     """Where the first parameter or buffer lives; the CPU for a module without any."""
     tensors = (tensor for group in (module.parameters(), module.buffers()) for tensor in group)
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def is_uninitialized(module: nn.Module) -> bool:
+    """Whether a lazy layer waits for its first input: a call would give it its weights."""
+    tensors = (tensor for group in (module.parameters(), module.buffers()) for tensor in group)
+    return any(is_lazy(tensor) for tensor in tensors)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ head       with a forward: every layer that makes an output with no layer after 
            or the last convolution of a network without linear layers
 depthwise  groups == in_channels > 1
 attention  a linear layer or 1x1 convolution, named as a projection of queries, keys and values beside its likes,
-           or anywhere inside a module (not the model itself) whose class name holds "attention" or "attn"
+           or in a module of few layers (not the model itself) whose class name holds "attention" or "attn"
 ffn        linear layers d → h … h → d, h > d, next to each other under one parent (with gates: several d → h);
            a child that holds a single linear layer stands for it, which finds BERT's intermediate and output
 conv, linear   all others
@@ -25,6 +25,8 @@ from padconvert.walk.found import CONVOLUTIONS, Found
 from padconvert.words import Kind, Role
 
 MAX_IMAGE_CHANNELS = 4
+# A module named after attention that holds more layers than this is a network of attentions, not one.
+MAX_PROJECTIONS = 8
 
 ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
 # One of these alone is proof: nobody names anything else so.
@@ -95,8 +97,9 @@ def _attention(root: nn.Module, layers: Sequence[Found]) -> set[nn.Module]:
     pointwise = {layer.module for layer in layers if _is_pointwise(layer)}
     inside: set[nn.Module] = set()
     for parent in root.modules():
-        if parent is not root and ATTENTION_CLASS.search(type(parent).__name__):
-            inside.update(parent.modules())
+        held = pointwise.intersection(parent.modules())
+        if parent is not root and ATTENTION_CLASS.search(type(parent).__name__) and len(held) <= MAX_PROJECTIONS:
+            inside.update(held)
         projections = _projections({name.lower() for name in parent._modules})
         for name, child in parent._modules.items():
             if child is not None and name.lower() in projections:

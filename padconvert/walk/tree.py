@@ -10,6 +10,7 @@ from torch import nn
 from padconvert.walk.forward import Watched, watch
 from padconvert.walk.found import Found, find_layers
 from padconvert.walk.info import LayerInfo, Walk
+from padconvert.walk.quiet import is_uninitialized
 from padconvert.walk.roles import find_roles
 from padconvert.walk.spec import ProbeSpec
 from padconvert.walk.ties import find_ties
@@ -41,7 +42,7 @@ def _try_to_watch(
     """A watched forward, or the note that says why there is none."""
     if probe is None:
         return None, ("no input is known, so shapes, multiply-adds and call order are not either",)
-    if any(layer.weight_shape == () for layer in layers):
+    if is_uninitialized(root):
         return None, ("no forward was made: it would give the lazy layers their weights",)
     try:
         return watch(root, layers, probe), (f"inputs: {probe.origin}",)

@@ -73,6 +73,8 @@ def _judge_alone(layer: Found) -> tuple[Reason, str]:
         return Reason.CUSTOM_FORWARD, changed
     if hooks := [name.strip("_") for name in HOOKS if getattr(module, name, None)]:
         return Reason.HAS_HOOKS, ", ".join(hooks)
+    if type(weight.data) is not torch.Tensor:  # a quantised or distributed weight says a dtype that is not stored
+        return Reason.UNSUPPORTED_DTYPE, type(weight.data).__name__
     if weight.dtype not in SUPPORTED:
         return Reason.UNSUPPORTED_DTYPE, str(weight.dtype).removeprefix("torch.")
     if weight.is_meta:
@@ -81,11 +83,10 @@ def _judge_alone(layer: Found) -> tuple[Reason, str]:
 
 
 def _own_code(layer: Found) -> str:
-    """Words for the method that differs from torch's class, on the class or on the object; "" if none does."""
+    """Words for what the layer has and torch's class has not, on its class or on the object; "" for nothing."""
     kind, base = type(layer.module), layer.base
     for method in ("forward", "_conv_forward", "__call__"):
         if getattr(kind, method, None) is not getattr(base, method, None) or method in layer.module.__dict__:
             return f"{kind.__name__}.{method} is not torch's"
-    if layer.module._modules:
-        return f"{kind.__name__} has children of its own: {', '.join(layer.module._modules)}"
-    return ""
+    own = [*layer.module._modules, *layer.module._buffers, *(set(layer.module._parameters) - {"weight", "bias"})]
+    return f"{kind.__name__} holds {', '.join(own)} beside weight and bias" if own else ""
