@@ -39,16 +39,19 @@ TYPES = frozenset(
 )
 
 _FUNCTIONAL = (
-    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d alpha_dropout avg_pool1d avg_pool2d "
-    "batch_norm celu cosine_similarity dropout dropout2d elu gelu glu group_norm gumbel_softmax hardshrink hardsigmoid "
-    "hardswish hardtanh instance_norm interpolate layer_norm leaky_relu log_softmax logsigmoid max_pool1d max_pool2d "
-    "mish normalize pad pixel_shuffle prelu relu relu6 rrelu selu sigmoid silu softmax softmin softplus softshrink "
-    "softsign tanh tanhshrink threshold unfold"
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d alpha_dropout avg_pool1d "
+    "avg_pool2d batch_norm celu cosine_similarity dropout dropout2d elu gelu glu group_norm gumbel_softmax hardshrink "
+    "hardsigmoid hardswish hardtanh instance_norm interpolate layer_norm leaky_relu log_softmax logsigmoid max_pool1d "
+    "max_pool2d mish normalize pad pixel_shuffle prelu relu relu6 rrelu selu sigmoid silu softmax softmin softplus "
+    "softshrink softsign tanh tanhshrink threshold unfold"
 )
 _TORCH = (
     "abs add cat celu cos erf exp log log_softmax matmul mul relu rrelu selu sigmoid sign sin softmax sqrt square tanh"
 )
-_NATIVE = "avg_pool2d avg_pool3d elu gelu glu hardsigmoid hardswish hardtanh leaky_relu log_sigmoid relu6 silu mish softplus softshrink"
+_NATIVE = (
+    "avg_pool2d avg_pool3d elu gelu glu hardsigmoid hardswish hardtanh leaky_relu log_sigmoid relu6 silu mish softplus "
+    "softshrink"
+)
 # Activations and other pure tensor functions that a model may hold as an attribute.
 FUNCTIONS = frozenset(
     [f"torch.nn.functional.{name}" for name in _FUNCTIONAL.split()]
@@ -72,8 +75,8 @@ UNREAD_PACKAGES = (
 
 # What to do instead, by the start of a refused name; the first match counts.
 HINTS = (
-    ("__main__", "its class was defined in a script. Move the class into a module (net.py) and save the model again from "
-     "there, or save its state dict and name a factory with --arch net:make"),
+    ("__main__", "its class was defined in a script. Move the class into a module (net.py) and save the model again "
+     "from there, or save its state dict and name a factory with --arch net:make"),
     ("torch.fx", "save the module before tracing it, or export it with torch.export.save"),
     ("torch.jit", "TorchScript cannot be converted: export it again, or give its state dict and --arch"),
     ("torch._dynamo", "save the module below torch.compile (model._orig_mod)"),
@@ -91,7 +94,7 @@ HINTS = (
     ("torch.utils.hooks", "remove the hooks, then save again"),
     ("torch.storage._load_from_bytes", "it was written by pickle.dump; write it with torch.save"),
     ("torch.nn.backends", "it was saved by a very old torch; save its state dict and name a factory with --arch"),
-    ("functools.partial", "a partial cannot be rebuilt without a call; save the state dict and name a factory with --arch"),
+    ("functools.partial", "a partial is a call; save the state dict and name a factory with --arch"),
     ("numpy", "turn numpy values among the model's attributes into plain numbers, or save the state dict"),
 )  # fmt: skip
 

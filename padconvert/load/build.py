@@ -43,7 +43,8 @@ from padconvert.load.reductions import DTYPE_NAMES
 
 _MISSING = object()
 _MEMBERS = {"_parameters": nn.Parameter, "_buffers": Tensor, "_modules": nn.Module}
-_TENSOR_STATE = (bool, int, float, str)
+_TENSOR_STATE = (bool, int, float, str, type(None))
+_DEEPEST = 250
 
 # what torch.nn.Module calls out of its own attributes
 _CODE_KEYS = frozenset(key for key in vars(nn.Module()) if "_hooks" in key) | {
@@ -98,7 +99,10 @@ class _Builder:
             self.set_state(node)
         for node in nodes:
             self.check_made(node)
-        return self.value(root)
+        made = self.value(root)
+        if isinstance(made, nn.Module):
+            self.check_depth(made)
+        return made
 
     def refuse(self, what: str) -> NoReturn:
         raise UnsafeError(f"{self.where}: {what}. Save its state dict and name a factory with --arch.")
@@ -174,6 +178,8 @@ class _Builder:
             self.refuse(f"{name.full} is not a layer")
         if cls.__new__ is not object.__new__ or hasattr(cls, "__del__"):
             self.refuse(f"{name.full} cannot be made without running its own code (__new__ or __del__)")
+        if inspect.isabstract(cls) or not hasattr(cls, "__dict__") or getattr(cls, "__dictoffset__", 0) == 0:
+            self.refuse(f"{name.full} has no place for attributes")
         own = getattr(cls, "__setstate__", None)
         if own is not None and not str(getattr(own, "__module__", "")).startswith("torch.nn.modules."):
             self.refuse(f"{name.full} restores itself by its own code (__setstate__), which this reader never runs")
@@ -194,8 +200,11 @@ class _Builder:
         state = dict(node.state.pairs) if node.state else {}
         for key in _MEMBERS:
             table = state.get(key)
-            if not isinstance(table, TableNode) or not all(isinstance(name, str) for name, _ in table.pairs):
+            if not isinstance(table, TableNode) or table.kind not in (Table.DICT, Table.ORDERED):
                 raise FileError(f"{self.where}: a {node.cls.name} has no {key}. Save the model again.")
+            for name, _ in table.pairs:
+                if not isinstance(name, str) or not name or "." in name:
+                    raise FileError(f"{self.where}: {name!r} among the {key} of a {node.cls.name} is not a name.")
 
     def named(self, name: NameNode) -> Any:
         if name.full not in self.classes:
@@ -289,7 +298,7 @@ class _Builder:
         return made
 
     def fill(self, node: Node) -> None:
-        made = self.made.get(id(node))
+        made: Any = self.made.get(id(node))
         match node:
             case SeriesNode(kind=Series.LIST | Series.DEQUE):
                 made.extend(self.value(item) for item in node.items)
@@ -312,6 +321,22 @@ class _Builder:
             made.__setstate__(state)
         except (KeyError, AttributeError, TypeError, IndexError, ValueError) as error:
             raise FileError(f"{self.where}: the state of a {node.cls.name} is incomplete ({error!r}).") from error
+
+    def check_depth(self, root: nn.Module) -> None:
+        """torch walks a module by recursion, which a module inside itself would never leave."""
+        above: list[nn.Module] = []
+        stack: list[tuple[nn.Module, int]] = [(root, 0)]
+        done: dict[int, int] = {}
+        while stack:
+            module, depth = stack.pop()
+            del above[depth:]
+            if depth > _DEEPEST or any(module is other for other in above):
+                raise FileError(f"{self.where}: its modules contain themselves or are nested over {_DEEPEST} deep.")
+            if done.get(id(module), -1) >= depth:
+                continue
+            done[id(module)] = depth
+            above.append(module)
+            stack += [(child, depth + 1) for child in module._modules.values() if child is not None]
 
     def check_made(self, node: Node) -> None:
         made = self.made.get(id(node))

@@ -145,13 +145,17 @@ def _first(names: list[str]) -> str:
 
 def _take_dtypes_(module: nn.Module, own: dict[str, Tensor], given: Mapping[str, Tensor]) -> None:
     """A half-precision checkpoint makes a half-precision network; buffers that are not stored go along with it."""
-    wanted = {tensor.dtype for name, tensor in given.items() if name in own and tensor.is_floating_point()}
-    if len(wanted) == 1:
-        module.to(wanted.pop())
-        return
-    for name, tensor in own.items():
-        if name in given and tensor.is_floating_point() and given[name].is_floating_point():
-            tensor.data = tensor.data.to(given[name].dtype)
+    wanted = {name: tensor.dtype for name, tensor in given.items() if name in own and tensor.is_floating_point()}
+    if len(set(wanted.values())) == 1:
+        (common,) = set(wanted.values())
+        every = dict(module.named_parameters(remove_duplicate=False)) | dict(
+            module.named_buffers(remove_duplicate=False)
+        )
+        wanted = dict.fromkeys(every, common)
+        own = every
+    for name, dtype in wanted.items():
+        if own[name].is_floating_point() and own[name].dtype != dtype:
+            own[name].data = own[name].data.to(dtype)
 
 
 def _to_meta_(module: nn.Module, name: str) -> None:

@@ -88,9 +88,9 @@ def _found(name: NameNode, where: str) -> Any:
         found: Any = importlib.import_module(name.module)
         for part in name.name.split("."):
             found = inspect.getattr_static(found, part) if inspect.isclass(found) else getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # importing a package may raise anything
         raise FileError(
-            f"{where}: {name.full} is not installed here ({error}). Install the version of "
+            f"{where}: {name.full} cannot be imported here ({error}). Install the version of "
             f"{name.module.split('.')[0]} that the model was saved with."
         ) from error
     return found.__func__ if isinstance(found, staticmethod) else found

@@ -44,6 +44,9 @@ def _tensors(pickled: Pickled, table: TableNode, path: Path) -> tuple[dict[str, 
     made: dict[int, Tensor] = {}
     for node in nodes.values():
         made[id(node)] = _tensor(pickled, node)
+    left = [repr(key) for key, value in table.pairs if not isinstance(value, TensorNode)]
+    if left:
+        notes += (f"left unread among the tensors: {', '.join(left[:6])}",)
     return {name: made[id(nodes[stored])] for name, stored in names.items()}, notes
 
 

@@ -59,20 +59,24 @@ def _read_legacy(file: MappedFile) -> Pickled:
     """Magic number, version, system facts, the object, the storages' keys; then each storage with its count."""
     source, where = file.map(), str(file.path)
     source.seek(0)
-    if parse(source, where).root != LEGACY_MAGIC:
+    magic = parse(source, where)
+    if magic.root != LEGACY_MAGIC:
         raise FileError(f"{where}: a pickle, but not one that torch.save wrote. Save the model with torch.save.")
-    if parse(source, where).root != _LEGACY_VERSION:
+    version = parse(source, where)
+    if version.root != _LEGACY_VERSION:
         raise FileError(f"{where}: an unknown version of torch's old format. Save it again with a newer torch.")
-    facts = parse(source, where).root
-    if isinstance(facts, TableNode) and dict(_text_pairs(facts)).get("little_endian") is False:
+    facts = parse(source, where)
+    if isinstance(facts.root, TableNode) and dict(_text_pairs(facts.root)).get("little_endian") is False:
         raise FileError(f"{where}: it was saved on a big-endian machine. Save it again on a little-endian one.")
     tree = parse(source, where)
-    keys = parse(source, where).root
-    if not isinstance(keys, SeriesNode):
+    keys = parse(source, where)
+    if not isinstance(keys.root, SeriesNode):
         raise FileError(f"{where}: the list of storages is damaged. Save or download it again.")
-    regions = _legacy_regions(file, source.tell(), [str(key) for key in keys.items], tree.storages)
+    regions = _legacy_regions(file, source.tell(), [str(key) for key in keys.root.items], tree.storages)
     storages = Storages(file, regions)
     storages.check(tree.storages)
+    # no name may hide in the small pickles around the model
+    tree.names += [name for other in (magic, version, facts, keys) for name in other.names]
     return Pickled(tree, storages, "legacy")
 
 

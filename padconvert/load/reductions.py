@@ -218,7 +218,7 @@ def _frozenset(args: Args) -> SeriesNode:
 
 def _deque(args: Args) -> SeriesNode:
     match args:
-        case [SeriesNode() as items, int(maxlen)] if maxlen >= 0:
+        case [SeriesNode() as items, int(maxlen)] if 0 <= maxlen < 1 << 31:
             return SeriesNode(Series.DEQUE, list(items.items), maxlen)
         case _:
             return SeriesNode(Series.DEQUE, list(_items(args)))

@@ -94,8 +94,16 @@ class Storages:
         storage = self.made.get(view.storage)
         if storage is None:
             storage = self.made[view.storage] = self.file.storage(self.regions[view.storage])
+            if view.dtype == "bool":
+                self._check_bool(view.storage, storage)
         check_view(view, self.regions[view.storage].size, str(self.file.path))
-        return torch.empty(0, dtype=torch_dtype(view.dtype)).set_(storage, view.offset, view.size, view.stride)  # type: ignore[call-overload,no-any-return]
+        return torch.empty(0, dtype=torch_dtype(view.dtype)).set_(storage, view.offset, view.size, view.stride)
+
+    def _check_bool(self, key: str, storage: torch.UntypedStorage) -> None:
+        """A truth value is one of two bytes; what torch does with others is undefined."""
+        raw = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
+        if raw.numel() and int(raw.max()) > 1:
+            raise FileError(f"{self.file.path}: storage {key!r} holds bytes that are no truth values. It is damaged.")
 
 
 def check_view(view: View, storage_bytes: int, where: str) -> None:
