@@ -106,7 +106,7 @@ def test_the_outputs_after_a_walk_are_the_same_bits(name: str) -> None:
 
 
 class Mutable(nn.Module):
-    """Changes itself in every forward, in three ways."""
+    """Changes itself in every forward, in every way that a Python object can."""
 
     count: Tensor
     last: Tensor | None
@@ -117,8 +117,13 @@ class Mutable(nn.Module):
         self.register_buffer("count", torch.zeros(1))
         self.register_buffer("last", None)
         self.calls = 0
+        self.seen: list[Tensor] = []
+        self.cache: dict[str, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        self.cache["x"] = x
+        self.fc.register_forward_hook(lambda _module, _args, output: output + 1)
         self.count += 1
         self.last = x
         self.calls += 1
@@ -133,6 +138,9 @@ def test_a_forward_that_changes_the_module_is_undone() -> None:
     assert module.last is None
     assert module.calls == 0
     assert not hasattr(module, "extra")
+    assert not module.seen
+    assert not module.cache
+    assert not module.fc._forward_hooks
 
 
 # ---- names ---------------------------------------------------------------------------------------------------------

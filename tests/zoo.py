@@ -161,6 +161,10 @@ ZOO: dict[str, Build] = {
         "ConvNextForImageClassification", "ConvNextConfig", PIXELS, hidden_sizes=[8, 16], depths=[1, 1],
         num_stages=2, image_size=32, layer_scale_init_value=1.0,
     ),
+    "segformer_own_hooks": _transformers(
+        "SegformerForSemanticSegmentation", "SegformerConfig", PIXELS, hidden_sizes=[8, 8, 16, 16], depths=[1] * 4,
+        num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=16,
+    ),
     "whisper_audio": _transformers(
         "WhisperForConditionalGeneration", "WhisperConfig",
         (floats(8, 32, name="input_features"), ids(50, 4, name="decoder_input_ids")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-
-# A module keeps these as dicts of its own, so a copy of `__dict__` alone would not bring them back.
-TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -53,23 +51,29 @@ def untouched(module: nn.Module) -> Iterator[None]:
 
 
 class _State:
-    """What one module looked like."""
+    """What one module looked like: its attributes, and what the containers among them held.
+
+    Among the containers are its tensors, children and hooks: some transformers models hang hooks on themselves
+    in their first forward, and would do so twice if only the attribute that says so came back.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.attributes: dict[str, Any] = dict(module.__dict__)
-        self.tables = {name: dict(module.__dict__[name]) for name in TABLES}
+        self.tables = [
+            (value, value.copy()) for value in self.attributes.values() if type(value) in (dict, OrderedDict)
+        ]
+        self.lists = [(value, value.copy()) for value in self.attributes.values() if type(value) is list]
         self.buffers: list[tuple[Tensor, int, Tensor]] = [
             (buffer, buffer._version, buffer.clone()) for buffer in module._buffers.values() if buffer is not None
         ]
 
     def restore(self) -> None:
-        for name, table in self.tables.items():
-            live = self.attributes[name]
-            live.clear()
-            live.update(table)
-        self.module.__dict__.clear()
-        self.module.__dict__.update(self.attributes)
+        for table, items in [*self.tables, (self.module.__dict__, self.attributes)]:
+            table.clear()
+            table.update(items)
+        for values, items in self.lists:
+            values[:] = items
         for buffer, version, value in self.buffers:
             if buffer._version != version:
                 buffer.copy_(value)
