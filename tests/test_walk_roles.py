@@ -204,6 +204,12 @@ def test_a_late_convolution_with_many_channels_is_no_stem() -> None:
     assert roles_of(Late(), 16, 4) == ["linear", "conv", "head"]
 
 
+def test_the_last_convolution_of_a_generator_is_its_head_though_no_convolution_comes_first() -> None:
+    module = nn.Sequential(nn.ConvTranspose2d(8, 4, 4), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1), nn.Tanh())
+    assert roles_of(module, 8, 2, 2) == ["conv", "head"]
+    assert [layer.role.value for layer in walk(module).layers] == ["conv", "head"]
+
+
 def test_heads_joined_by_a_concatenation_are_heads() -> None:
     class Detector(nn.Module):
         def __init__(self) -> None:

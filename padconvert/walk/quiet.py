@@ -60,10 +60,9 @@ class _State:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.attributes: dict[str, Any] = dict(module.__dict__)
-        self.tables = [
-            (value, value.copy()) for value in self.attributes.values() if type(value) in (dict, OrderedDict)
-        ]
-        self.lists = [(value, value.copy()) for value in self.attributes.values() if type(value) is list]
+        held = list(self.attributes.values())
+        self.tables = [(value, value.copy()) for value in held if type(value) in (dict, OrderedDict)]
+        self.lists = [(value, value.copy()) for value in held if type(value) is list]
         self.buffers: list[tuple[Tensor, int, Tensor]] = [
             (buffer, buffer._version, buffer.clone()) for buffer in module._buffers.values() if buffer is not None
         ]

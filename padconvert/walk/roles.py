@@ -1,6 +1,7 @@
 """What each layer is for, from the structure around it rather than from lists of architectures.
 
-stem       the first convolution (call order, else module order), if it takes at most 4 channels or no layer comes first
+stem       the first convolution (call order, else module order), if no layer comes before it, or if it takes at most
+           4 channels and is not the head
 head       with a forward: every layer that makes an output with no layer after it; else the last linear layer,
            or the last convolution of a network without linear layers
 depthwise  groups == in_channels > 1
@@ -42,7 +43,8 @@ BESIDE_A_QUERY = QUERIES | {
 
 def find_roles(root: nn.Module, layers: Sequence[Found], watched: Watched | None) -> list[Role]:
     """One role a layer, in the layers' order."""
-    stem, heads = _stem(layers, watched), _heads(layers, watched)
+    heads = _heads(layers, watched)
+    stem = _stem(layers, watched, heads)
     attention, ffn = _attention(root, layers), _ffn(root, layers)
 
     def role(index: int, layer: Found) -> Role:
@@ -72,12 +74,13 @@ def _call_order(layers: Sequence[Found], watched: Watched | None) -> list[int]:
     return sorted(watched.seen, key=lambda index: watched.seen[index].order)
 
 
-def _stem(layers: Sequence[Found], watched: Watched | None) -> int | None:
+def _stem(layers: Sequence[Found], watched: Watched | None, heads: frozenset[int]) -> int | None:
     order = _call_order(layers, watched)
     first = next((index for index in order if layers[index].kind in CONVOLUTIONS), None)
     if first is None or not layers[first].weight_shape:
         return None
-    return first if _in_channels(layers[first]) <= MAX_IMAGE_CHANNELS or first == order[0] else None
+    image = _in_channels(layers[first]) <= MAX_IMAGE_CHANNELS and first not in heads
+    return first if image or first == order[0] else None
 
 
 def _heads(layers: Sequence[Found], watched: Watched | None) -> frozenset[int]:
