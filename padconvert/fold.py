@@ -41,10 +41,11 @@ def fold_layer_(layer: PadLayer) -> nn.Module:
 
 @torch.no_grad()
 def plain_layer(layer: PadLayer) -> nn.Module:
-    """The torch layer with the effective weight of a Pad layer that has no dynamic unit."""
+    """The torch layer with the weight of the layer's first expert: an equivalent where nothing is dynamic, or where
+    all experts are equal."""
     plain = build_static(layer.facts(), layer.weight.device)
     for part in layer.parts:
         target = getattr(plain, part)
         target.copy_(layer.expert_tensors(part)[0])
-        target.requires_grad_(getattr(layer, f"{part}_static").requires_grad)
+        target.requires_grad_(layer.is_trainable(part))
     return plain.train(layer.training)

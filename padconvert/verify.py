@@ -3,24 +3,69 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from padconvert.errors import VerificationError
+from padconvert.checkpoint.manifest import ProbeRecord
+from padconvert.checkpoint.probe_record import compare_outputs
+from padconvert.checkpoint.read import Checkpoint, read_checkpoint
+from padconvert.errors import FileError, VerificationError
+from padconvert.finetune.data.sources import open_eval
+from padconvert.finetune.evaluate import evaluate
 from padconvert.layers import PadLayer
-from padconvert.results import Equality
+from padconvert.load import open_source
+from padconvert.load.artefact import load_checkpoint
+from padconvert.load.factory import architecture_of, build_factory
+from padconvert.load.opened import module_of
+from padconvert.load.source import Source
+from padconvert.policy import Policy
+from padconvert.precision import HALF, upcast_
+from padconvert.results import Check, Equality, Verification
 from padconvert.rewrite import pad_layers
-from padconvert.walk.probe import call, flat_outputs
+from padconvert.walk.probe import InputSpec, ProbeSpec, call, flat_outputs
+from padconvert.walk.quiet import device_of, untouched
 
 #: max|Δ| / max|y| that a function-preserving rewrite may show; half precision is checked upcast to fp32
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-HALF = (torch.float16, torch.bfloat16)
+PROBE_SAMPLES = 8
+EVALUATION_BATCH = 256
+
+#: of an output recorded before, on another machine or thread count perhaps
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+def equality(source: nn.Module, model: nn.Module, probe: ProbeSpec | None, batches: Sequence[Call] = ()) -> Equality:
+    """The first promise: by outputs on `batches` and on seeded probe inputs, or by weights where no call is possible.
+
+    Raises VerificationError where a converted layer is never called.
+    """
+    calls = [*batches, *([probe.make(PROBE_SAMPLES, device_of(source))] if probe is not None else [])]
+    if not calls or not _callable(source, calls[0]):
+        return equality_by_weights(source, model)
+    return equality_by_forward(source, model, calls)
+
+
+def runs(model: nn.Module, probe: ProbeSpec) -> bool:
+    """Whether the model can be called with the probe's inputs."""
+    return _callable(model, probe.make(PROBE_SAMPLES, device_of(model)))
+
+
+def _callable(source: nn.Module, each: Call) -> bool:
+    """Whether the source itself can be called so; if it cannot, that says nothing about the conversion."""
+    args, kwargs = each
+    try:
+        with untouched(source):
+            return bool(flat_outputs(call(source, args, kwargs)))
+    except Exception:  # whatever the user's own code raises
+        return False
 
 
 def equality_by_forward(source: nn.Module, model: nn.Module, calls: Sequence[Call]) -> Equality:
@@ -44,7 +89,7 @@ def equality_by_forward(source: nn.Module, model: nn.Module, calls: Sequence[Cal
     if never:
         raise VerificationError(
             f"layer '{never[0]}' was converted but the model's forward never calls it (its weight is read by "
-            f"another module, or not used at all). Keep it static: --set 'rules=[{{name: {never[0]}, convert: false}}]'."
+            f"another module, or not used at all). Keep it static: --set 'rules=[{{name: {never[0]}, convert: false}}]'"
         )
     tolerance = TOLERANCE[dtype]
     return Equality("forward", max_abs, max_rel, tolerance, max_rel <= tolerance, samples)
@@ -131,3 +176,104 @@ def _upcast_call(each: Call) -> Call:
         return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
 
     return tuple(up(value) for value in args), {key: up(value) for key, value in kwargs.items()}
+
+
+# ---- a stored probe ----------------------------------------------------------------------------------------------
+
+
+def probe_check(checkpoint: Checkpoint, model: nn.Module) -> Check:
+    """The model's outputs on the manifest's probe against the recorded ones, relative to max|y|."""
+    record = checkpoint.manifest.probe
+    if record is None:
+        return Check("probe", True, None, None, "none was stored: the model could not be called when it was made")
+    args, kwargs = spec_of(record).make(record.batch, device_of(model))
+    with untouched(model):
+        outputs = flat_outputs(call(model, args, kwargs))
+    _, relative = compare_outputs(record, outputs)
+    limit = PROBE_TOLERANCE[_coarsest(outputs)]
+    return Check("probe", relative <= limit, relative, limit, "outputs as when it was made, max|Δ| / max|y|")
+
+
+def spec_of(record: ProbeRecord) -> ProbeSpec:
+    """The recorded probe as inputs that can be made again."""
+    inputs = tuple(InputSpec(i.name, i.shape, i.dtype, i.high, i.low) for i in record.inputs)
+    return ProbeSpec(inputs, record.seed, "the artefact's manifest")
+
+
+def _coarsest(outputs: Sequence[Tensor]) -> torch.dtype:
+    return max((output.dtype for output in outputs), key=PROBE_TOLERANCE.__getitem__, default=torch.float32)
+
+
+# ---- verify ------------------------------------------------------------------------------------------------------
+
+
+def verify(
+    artefact: Path,
+    *,
+    against: Path | None = None,
+    data: Sequence[str] = (),
+    arch: str | None = None,
+    arch_args: Mapping[str, object] | None = None,
+    trust: Sequence[str] = (),
+    device: str = "cpu",
+) -> Verification:
+    """Hold an artefact against what was recorded when it was made, and against its source if that is named.
+
+    Checks: every tensor's crc32, that it loads, its probe; with `against` the source's sha256 and, for an artefact
+    that was not trained, equal outputs; with `data` its metrics (against the source's, where both are named).
+    Raises FileError where it cannot be read at all, UnsafeError where loading it needs code that nobody trusts.
+    """
+    checkpoint = read_checkpoint(artefact)
+    checks = [_checksums(checkpoint)]
+    if checks[0].passed:
+        into = build_factory(architecture_of(arch, arch_args or {})) if arch else None
+        model = load_checkpoint(checkpoint, into=into, trust=trust).to(device)
+        checks += [Check("loads", True, None, None), probe_check(checkpoint, model)]
+        source = None if against is None else open_source(against, arch=arch, arch_args=arch_args, trust=trust)
+        if source is not None:
+            checks += _against_source(checkpoint, model, source, device)
+        if data:
+            checks.append(_metrics_check(checkpoint, model, source, data, device))
+    return Verification(str(artefact), tuple(checks), all(check.passed for check in checks))
+
+
+def _checksums(checkpoint: Checkpoint) -> Check:
+    found = checkpoint.verify_crc()
+    damaged = [check for check in found if not check.passed]
+    detail = damaged[0].detail if damaged else ""
+    return Check("checksums", not damaged, f"{len(found) - len(damaged)} of {len(found)} tensors", None, detail)
+
+
+def _against_source(checkpoint: Checkpoint, model: nn.Module, source: Source, device: str) -> Iterator[Check]:
+    wanted, found = checkpoint.manifest.provenance.source_sha256, source.sha256
+    same = wanted == found
+    detail = "" if same else "this is not the file that the artefact was made from"
+    yield Check("source sha256", same, str(found)[:16], str(wanted)[:16], detail)
+    if checkpoint.manifest.trained:
+        return
+    module = module_of(source).to(device)
+    record = checkpoint.manifest.probe
+    equal = equality(module, model, None if record is None else spec_of(record))
+    detail = f"max|Δ| / max|y| before training, by {equal.method}"
+    yield Check("same function as the source", equal.passed, equal.max_rel_diff, equal.tolerance, detail)
+
+
+def _metrics_check(
+    checkpoint: Checkpoint, model: nn.Module, source: Source | None, data: Sequence[str], device: str
+) -> Check:
+    """Accuracy (or the first other metric) on `data`, read as the artefact's policy says."""
+    spec = Policy.model_validate_json(json.dumps(checkpoint.manifest.policy)).data
+    examples = open_eval(spec, data)
+    found = evaluate(upcast_(copy.deepcopy(model)), examples, EVALUATION_BATCH, device=device)
+    if not found:
+        raise FileError(f"{', '.join(data)}: has no labels, so there is nothing to measure. Name labelled data.")
+    name = "accuracy" if "accuracy" in found else "loss"
+    if source is None:
+        return Check(name, True, found[name], None)
+    module = upcast_(copy.deepcopy(module_of(source))).to(device)
+    before = evaluate(module, examples, EVALUATION_BATCH, device=device)
+    if name == "loss":
+        return Check(name, found[name] <= before[name], found[name], before[name], "at most the source's")
+    noise = 2 * (sum(m[name] * (1 - m[name]) for m in (found, before)) / len(examples)) ** 0.5
+    limit = before[name] - noise
+    return Check(name, found[name] >= limit, found[name], limit, f"the source's {before[name]:.4f} less chance")

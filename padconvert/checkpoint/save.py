@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,14 @@ def save_model(
     extra_tensors: Mapping[str, Tensor] | None = None,
     force: bool = False,
     source: Path | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> WrittenFile:
-    """Write a folded model in checkpoint format 1. Experts that are all equal are stored once.
+    """Write a folded model in checkpoint format 1. Experts that were not trained and are all equal are stored once.
 
     `extra_tensors` are what `architecture` needs beside the state dict. Raises as `write_checkpoint` does.
     """
     layers = pad_layers(model)
-    equal = {name: experts_are_equal(layer) for name, layer in layers.items()}
+    equal = {name: not trained and experts_are_equal(layer) for name, layer in layers.items()}
     extra = dict(extra_tensors or {})
     manifest = Manifest(
         padconvert=padconvert.__version__,
@@ -53,7 +54,8 @@ def save_model(
         probe=None if probe is None else record_probe(model, probe),
         extra_tensors=tuple(sorted(extra)),
     )
-    return write_checkpoint(path, model_tensors(model, equal) | extra, manifest, force=force, source=source)
+    tensors = model_tensors(model, equal) | extra
+    return write_checkpoint(path, tensors, manifest, force=force, source=source, check=check)
 
 
 def _entry(model: nn.Module, name: str, layer: PadLayer, equal: bool) -> LayerEntry:
@@ -90,9 +92,7 @@ def record_probe(model: nn.Module, probe: ProbeSpec) -> ProbeRecord:
     return ProbeRecord(seed=probe.seed, inputs=inputs, outputs=record_outputs(outputs), batch=PROBE_SAMPLES)
 
 
-def provenance_of(
-    *, source_sha256: str | None, source_kind: str, device: str, seed: int, trained: bool
-) -> Provenance:
+def provenance_of(*, source_sha256: str | None, source_kind: str, device: str, seed: int, trained: bool) -> Provenance:
     """Where an artefact comes from: what has to be the same for the same bytes."""
     return Provenance(
         source_sha256=source_sha256,

@@ -13,7 +13,7 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -47,6 +47,7 @@ def write_checkpoint(
     *,
     force: bool = False,
     source: str | os.PathLike[str] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> WrittenFile:
     """Writes `tensors` and `manifest` to `path` in checkpoint format 1.
 
@@ -63,6 +64,8 @@ def write_checkpoint(
     try:
         with _sibling(target) as (temporary, file):
             digest = _write_all(file, encoded, header, manifest, tensors)
+            if check is not None:
+                check(temporary)
             check_target(path, force=force, source=source)  # again: the file may have come up meanwhile
             temporary.replace(target)
             _sync_folder(target.parent)

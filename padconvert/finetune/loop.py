@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from padconvert.errors import VerificationError
 from padconvert.finetune.data.batches import Batches
 from padconvert.finetune.data.examples import Batch
-from padconvert.finetune.objectives import Objective
+from padconvert.finetune.objectives import Objective, dtype_of, forward
 from padconvert.finetune.optimizer import follow_, make_optimizer, set_lr_
 from padconvert.finetune.phases import Phases
 from padconvert.partition import Partitioner
@@ -100,18 +100,13 @@ def _step_(run: Run, setting: Setting) -> float:
     if not bool(torch.isfinite(loss)):
         raise VerificationError(_blame(run, clean))
     run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     run.optimizer.step()
     return float(loss.detach())
 
 
 def _moved(batch: Batch, model: nn.Module, device: torch.device) -> Batch:
     return batch.to(device, dtype_of(model))
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype that a model's floating inputs take: that of its first floating parameter."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 # ---- partition rounds --------------------------------------------------------------------------------------------
@@ -123,9 +118,7 @@ def _rounds_(run: Run, setting: Setting) -> None:
     for t in run.phases.rounds_before(run.step):
         done = run.partitioner.round_(t, scoring_losses(run.model, run.partitioner.needs, setting, t))
         follow_(run.optimizer, done.moved)
-        run.history.append(
-            {"step": run.step, "round": t, "dynamic_ratio": done.ratio, "n_dynamic": float(done.n_dynamic)}
-        )
+        run.history.append({"step": run.step, "round": t, "ratio": done.ratio, "n_dynamic": float(done.n_dynamic)})
 
 
 def scoring_losses(model: nn.Module, need: Need, setting: Setting, t: int) -> list[Callable[[], Tensor]]:
@@ -149,7 +142,6 @@ def scoring_losses(model: nn.Module, need: Need, setting: Setting, t: int) -> li
 
 def routing_forwards(model: nn.Module, setting: Setting) -> Sequence[Callable[[], object]]:
     """Forward calls over a few training batches, for the routers' initialisation."""
-    from padconvert.finetune.objectives import forward
 
     def run_one(step: int) -> Callable[[], object]:
         return lambda: forward(model, _moved(setting.batches.at(step), model, setting.device).inputs)
@@ -171,8 +163,6 @@ def _blame(run: Run, batch: Batch) -> str:
 
 
 def _first_bad_output(model: nn.Module, batch: Batch) -> str:
-    from padconvert.finetune.objectives import forward
-
     found: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, object, object], None]:

@@ -60,7 +60,7 @@ def set_lr_(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def follow_(optimizer: torch.optim.Optimizer, moved: Sequence[Moved]) -> None:
-    """Let the optimizer follow repacked parameters: surviving entries keep their momentum, new static ones have none."""
+    """Follow repacked parameters: surviving entries keep their momentum, newly static ones start without."""
     weights = optimizer.param_groups[0]["params"]
     trained = {id(p) for p in weights}
     for move in moved:

@@ -116,5 +116,5 @@ def upcycle(
             dynamic.requires_grad_(source.requires_grad)
     pad.routing_layer().initialise_(None, generator)
     if learned_scales:
-        pad.scale_logit = nn.Parameter(torch.zeros((), dtype=pad.mixing_dtype, device=layer.weight.device))
+        pad.add_scales_()
     return pad.train(layer.training)

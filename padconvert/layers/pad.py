@@ -151,6 +151,11 @@ class PadLayer(nn.Module, ABC):
         dynamic_scale = 2 * torch.sigmoid(self.scale_logit)
         return 2 - dynamic_scale, dynamic_scale
 
+    def add_scales_(self) -> None:
+        """Learned scales, both 1 at first."""
+        like = self.weight
+        self.scale_logit = nn.Parameter(torch.zeros((), dtype=self.mixing_dtype, device=like.device))
+
     def cut_part(self, part: str) -> tuple[Tensor | None, Tensor | None]:
         """(static [N, S], dynamic [K, D, S]) with their scales, in the mixing dtype (at least fp32)."""
         static_scale, dynamic_scale = self.scales()
@@ -248,7 +253,7 @@ class PadLayer(nn.Module, ABC):
     def resize_(self, n_dynamic: int, n_bias_dynamic: int) -> None:
         """Room for another partition's values, to be filled by the caller. Frozen parameters stay frozen."""
         like = next(p for n, p in self.named_parameters(recurse=False) if n.startswith("weight"))
-        frozen = {part for part in self.parts if not self._is_trainable(part)}
+        frozen = {part for part in self.parts if not self.is_trainable(part)}
         for part, count in (("weight", n_dynamic), ("bias", n_bias_dynamic)):
             self._register_empty_part(part, count, like.detach())
         for part in frozen:
@@ -256,7 +261,8 @@ class PadLayer(nn.Module, ABC):
                 if getattr(self, name) is not None:
                     getattr(self, name).requires_grad_(False)
 
-    def _is_trainable(self, part: str) -> bool:
+    def is_trainable(self, part: str) -> bool:
+        """Whether the part's values are trained; a source's frozen weight stays frozen."""
         return any(p.requires_grad for n, p in self.named_parameters(recurse=False) if n.startswith(part))
 
     # ---- what it is --------------------------------------------------------------------------------------------

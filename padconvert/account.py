@@ -1,0 +1,186 @@
+"""What a conversion came to, counted from the model and the file that were made: layers, parameters, bytes, verdict."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from torch import nn
+
+from padconvert.checkpoint.layout import expected_tensors
+from padconvert.checkpoint.read import Checkpoint
+from padconvert.errors import VerificationError
+from padconvert.layers import PadLayer
+from padconvert.plan import LayerPlan, Plan, TensorSizes
+from padconvert.plan.cost import cost_of
+from padconvert.results import LayerResult, Metrics, Totals
+from padconvert.words import Verdict
+
+_BUG = "This is an error of padconvert; please report it with the plan (--plan-out)."
+
+
+def layer_results(plan: Plan, model: nn.Module | None) -> tuple[LayerResult, ...]:
+    """Every layer's verdict and counts: those of `model` once it is partitioned, else what the plan knows."""
+    return tuple(_layer_result(entry, model) for entry in plan.layers)
+
+
+def _layer_result(entry: LayerPlan, model: nn.Module | None) -> LayerResult:
+    info, choice = entry.info, entry.choice
+    total = math.prod(info.weight_shape)
+    n_dynamic = _dynamic_entries(entry, model)
+    return LayerResult(
+        name=info.name,
+        aliases=info.aliases,
+        kind=info.kind,
+        verdict=entry.verdict,
+        reason=entry.reason,
+        granularity=None if choice is None else choice.granularity,
+        num_experts=None if choice is None else choice.num_experts,
+        dynamic_ratio=None if choice is None else float(choice.dynamic_ratio),
+        n_static=None if n_dynamic is None else total - n_dynamic,
+        n_dynamic=n_dynamic,
+        detail=info.detail,
+        type=info.type,
+        role=info.role,
+        dtype=info.dtype,
+        weight_shape=info.weight_shape,
+        macs=info.macs,
+    )
+
+
+def _dynamic_entries(entry: LayerPlan, model: nn.Module | None) -> int | None:
+    """Dynamic weight entries of a converted layer; None where only the partition will tell."""
+    if entry.verdict is not Verdict.CONVERT:
+        return None
+    if model is not None:
+        layer = model.get_submodule(entry.info.name)
+        return len(layer.units("weight").dynamic) * layer.view("weight").size if isinstance(layer, PadLayer) else 0
+    size = math.prod(entry.info.weight_shape) // max(entry.n_units, 1)
+    return None if entry.n_dynamic is None else entry.n_dynamic * size
+
+
+def planned_totals(plan: Plan) -> Totals:
+    """The plan's prediction as totals; the header is not known yet."""
+    cost = plan.cost
+    entries = sum(math.prod(entry.info.weight_shape) for entry in plan.converted)
+    pooled = {name for pool in plan.pools for name in pool.names}
+    dynamic = sum(pool.target for pool in plan.pools) + sum(
+        _dynamic_entries(entry, None) or 0 for entry in plan.converted if entry.info.name not in pooled
+    )
+    return Totals(
+        params_source=cost.params_source,
+        params_output=cost.params_output,
+        params_fully_dynamic=cost.params_fully_dynamic,
+        bytes_source=cost.bytes_source,
+        bytes_output=cost.bytes_output,
+        bytes_fully_dynamic=cost.bytes_fully_dynamic,
+        bytes_values=cost.bytes_values,
+        bytes_masks=cost.bytes_masks,
+        bytes_router=cost.bytes_router,
+        bytes_header=0,
+        dynamic_ratio=dynamic / entries if entries else 0.0,
+        macs_source=_macs(plan),
+    )
+
+
+def _macs(plan: Plan) -> int | None:
+    """Multiply-adds per sample of all layers, where every called layer's are known."""
+    known = [entry.info.macs for entry in plan.layers if entry.info.macs is not None]
+    return sum(known) if known else None
+
+
+def file_totals(plan: Plan, checkpoint: Checkpoint, model: nn.Module, sizes: TensorSizes, source_bytes: int) -> Totals:
+    """The totals of a written file, counted from its header.
+
+    Raises VerificationError where values or masks are not what the plan predicted (exactly; within one filter where
+    filters of several layers are ranked together).
+    """
+    values = masks = router = params = 0
+    for entry in checkpoint.manifest.layers:
+        for name in expected_tensors(entry):
+            slot = checkpoint.header.tensors[name]
+            kind = name.rsplit(".", 1)[-1]
+            if kind.endswith(("_bitmask", "_index")):
+                masks += slot.nbytes
+                params -= math.prod(slot.shape)
+            elif kind.endswith(("_static", "_dynamic")):
+                values += slot.nbytes
+            else:
+                router += slot.nbytes
+    params += sum(math.prod(slot.shape) for slot in checkpoint.header.tensors.values())
+    plain = sum(_plain_bytes(entry, checkpoint, model) for entry in plan.converted)
+    _check_prediction(plan, model, sizes, values + plain, masks)
+    predicted = planned_totals(plan)
+    header = checkpoint.header.data_start
+    results = [result for result in layer_results(plan, model) if result.n_dynamic is not None]
+    entries = sum((result.n_dynamic or 0) + (result.n_static or 0) for result in results)
+    return Totals(
+        params_source=predicted.params_source,
+        params_output=params,
+        params_fully_dynamic=predicted.params_fully_dynamic,
+        bytes_source=source_bytes,
+        bytes_output=checkpoint.header.file_size,
+        # the neighbour would need a header like ours
+        bytes_fully_dynamic=predicted.bytes_fully_dynamic + header,
+        bytes_values=values + plain,
+        bytes_masks=masks,
+        bytes_router=router,
+        bytes_header=header,
+        dynamic_ratio=sum(result.n_dynamic or 0 for result in results) / entries if entries else 0.0,
+        macs_source=predicted.macs_source,
+    )
+
+
+def _plain_bytes(entry: LayerPlan, checkpoint: Checkpoint, model: nn.Module) -> int:
+    """Bytes of a planned layer that came out plain, since nothing in it stayed dynamic."""
+    if isinstance(model.get_submodule(entry.info.name), PadLayer):
+        return 0
+    names = (f"{entry.info.name}.weight", f"{entry.info.name}.bias")
+    return sum(checkpoint.header.tensors[name].nbytes for name in names if name in checkpoint.header.tensors)
+
+
+def _check_prediction(plan: Plan, model: nn.Module, sizes: TensorSizes, values: int, masks: int) -> None:
+    """Hold the file against the plan's arithmetic with the counts that the partition arrived at."""
+    settled = [_settled(entry, model) for entry in plan.layers]
+    cost = cost_of(settled, (), plan.route, sizes)
+    counts = {entry.info.name: _dynamic_entries(entry, model) or 0 for entry in plan.converted}
+    by_name = {entry.info.name: entry for entry in plan.converted}
+    for pool in plan.pools:
+        filters = [math.prod(by_name[n].info.weight_shape) // by_name[n].n_units for n in pool.names]
+        slack = 0 if max(filters) == 1 else max(filters)
+        found = sum(counts[name] for name in pool.names)
+        if abs(found - pool.target) > slack:
+            raise VerificationError(f"the partition kept {found} entries dynamic, the plan says {pool.target}. {_BUG}")
+    if (values, masks) != (cost.bytes_values, cost.bytes_masks):
+        raise VerificationError(
+            f"the file holds {values} bytes of values and {masks} of masks, the plan predicted {cost.bytes_values} "
+            f"and {cost.bytes_masks}. {_BUG}"
+        )
+
+
+def _settled(entry: LayerPlan, model: nn.Module) -> LayerPlan:
+    """The layer's plan with the counts of the partitioned model."""
+    layer = model.get_submodule(entry.info.name)
+    if entry.verdict is not Verdict.CONVERT or not isinstance(layer, PadLayer):
+        return entry
+    facts = layer.facts()
+    return replace(entry, n_dynamic=facts.n_dynamic, n_bias_dynamic=facts.n_bias_dynamic)
+
+
+def verdict(output: Metrics, static: Metrics | None, samples: int) -> str:
+    """One plain sentence: did the conversion gain over fine-tuning the static model for the same steps?
+
+    Accuracies on `samples` examples differ by chance; twice the standard error of the difference counts as none.
+    """
+    if static is None or "accuracy" not in output or "accuracy" not in static:
+        return ""
+    gain = output["accuracy"] - static["accuracy"]
+    variance = sum(accuracy * (1 - accuracy) for accuracy in (output["accuracy"], static["accuracy"])) / max(samples, 1)
+    noise = 2 * math.sqrt(variance)
+    against = "fine-tuning the static model for the same steps"
+    what = f"{abs(100 * gain):.2f} points on {samples} examples, where ±{100 * noise:.2f} is chance"
+    if gain > noise:
+        return f"A gain over {against}: +{what}."
+    if gain < -noise:
+        return f"A loss against {against}: −{what}."
+    return f"No gain over {against} that this evaluation could show: {'+' if gain >= 0 else '−'}{what}."

@@ -1,0 +1,171 @@
+"""The whole line: saved model → walk → plan → rewrite → (warm up, partition)* → fold → checkpoint → verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from padconvert.account import file_totals, layer_results, planned_totals
+from padconvert.checkpoint.read import read_checkpoint
+from padconvert.checkpoint.write import check_target
+from padconvert.errors import FileError, UsageError, VerificationError
+from padconvert.finetune.data.sources import Data, open_data
+from padconvert.finetune.train import objective_of
+from padconvert.fold import fold_
+from padconvert.load.opened import Opened, open_input
+from padconvert.neighbours import train_
+from padconvert.options import ConvertOptions
+from padconvert.plan import Plan, Route, check_plan_fits, make_plan, plan_to_json, read_plan
+from padconvert.policy import Policy, Resolved
+from padconvert.precision import restore_dtypes_
+from padconvert.progress import Progress, Silent
+from padconvert.results import Conversion, Equality, OutputFile, SourceFile
+from padconvert.seal import Seal
+from padconvert.surroundings import Clock, resumable, settled
+from padconvert.verify import equality
+from padconvert.walk import walk
+from padconvert.walk.info import Walk
+from padconvert.walk.probe import ProbeSpec, find_probe, probe_of_batch
+
+SUFFIX = ".pad.safetensors"
+
+
+def convert(source: str | Path, options: ConvertOptions | None = None, progress: Progress | None = None) -> Conversion:
+    """Convert a saved model as `options` say and return what came of it. Nothing is written unless all of it holds.
+
+    Raises a `PadconvertError`: UsageError and PolicyError for what was asked, FileError and UnsafeError for what was
+    read or cannot be written, NothingEligibleError, VerificationError where a receipt does not hold, and Interrupted.
+    """
+    options, progress, clock = options or ConvertOptions(), progress or Silent(), Clock()
+    resolved = options.resolve_policy()
+    output = options.output or default_output(Path(source))
+    if not options.dry_run:
+        check_target(output, force=options.force, source=source)
+    with settled(options.device) as device, resumable(options):
+        progress.stage("load")
+        opened = open_input(Path(source), options, device)
+        data = open_data(resolved.policy.data, seed=options.seed) if resolved.policy.data.train else None
+        clock.lap("load")
+
+        progress.stage("plan")
+        probe = _probe(opened.static, options, data)
+        walked = walk(opened.static, probe)
+        plan, why_not = _plan(opened, walked, resolved, options, data)
+        if options.plan_out is not None:
+            _write_text(options.plan_out, plan_to_json(plan))
+        clock.lap("plan")
+        if options.dry_run:
+            return _dry_run(opened, plan, walked, resolved, options, clock)
+
+        progress.stage("rewrite")
+        model = opened.dynamic_copy(plan)
+        equal = equality(opened.module, model, probe)
+        if not equal.passed:
+            raise VerificationError(_unequal(equal))
+        clock.lap("rewrite")
+
+        trained = train_(opened, model, plan, data, options, device, progress)
+        clock.lap("train")
+
+        progress.stage("write")
+        fold_(model)
+        restore_dtypes_(model, opened.module)
+        written = Seal(opened, plan, probe, options).write(model, output)
+        checkpoint = read_checkpoint(output)
+        clock.lap("write")
+    return Conversion(
+        source=SourceFile(str(source), opened.kind, opened.bytes, opened.sha256),
+        output=OutputFile(str(output), written.bytes, written.sha256),
+        totals=file_totals(plan, checkpoint, model, opened.sizes, opened.bytes),
+        layers=layer_results(plan, model),
+        equality=equal,
+        metrics=trained.comparison,
+        route=plan.route,
+        seed=options.seed,
+        timing=clock.laps,
+        warnings=tuple(why_not),
+        notes=(*opened.notes, *resolved.notes, *plan.notes, *walked.notes, *(data.notes if data else ())),
+        history=tuple(trained.history),
+    )
+
+
+def default_output(source: Path) -> Path:
+    """`model.pt` → `model.pad.safetensors`, beside it; an artefact's own name gains a number by the user's `-o`."""
+    name = source.name.removesuffix(SUFFIX) if source.name.endswith(SUFFIX) else source.stem
+    return source.with_name(name + SUFFIX)
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+# ---- plan --------------------------------------------------------------------------------------------------------
+
+
+def _probe(model: nn.Module, options: ConvertOptions, data: Data | None) -> ProbeSpec | None:
+    """Inputs to call the model with: as told, as the data has them, or found by trying."""
+    if options.input_shape is not None:
+        return find_probe(model, (1, *options.input_shape))
+    if data is not None:
+        return probe_of_batch(data.train.batch(torch.arange(min(8, len(data.train)))).inputs)
+    return find_probe(model, None)
+
+
+def _plan(
+    opened: Opened, walked: Walk, resolved: Resolved, options: ConvertOptions, data: Data | None
+) -> tuple[Plan, list[str]]:
+    """The plan to follow, and why nothing will be trained although there is data."""
+    policy = resolved.policy
+    why_not = None if data is None else objective_of(policy, data).why_not
+    if opened.goes_on:
+        if data is None or why_not is not None:
+            raise UsageError(why_not or "A fine-tuned artefact can only be trained on: name data with --data.")
+        assert opened.policy is not None
+        resolved = Resolved(_going_on(opened.policy, policy), {}, resolved.notes)
+    route: Route = "data-free" if data is None or why_not is not None else "trained"
+    if options.plan is not None:
+        plan = read_plan(options.plan)
+        check_plan_fits(plan, walked, opened.sha256)
+        if plan.route != route:
+            raise UsageError(f"--plan {options.plan}: made for the {plan.route} route, this run takes the {route} one.")
+    else:
+        plan = make_plan(
+            walked, resolved, route=route, seed=options.seed, tensors=opened.sizes, source_sha256=opened.sha256
+        )
+    return plan, [] if why_not is None else [why_not]
+
+
+def _going_on(made_by: Policy, now: Policy) -> Policy:
+    """The partition of the artefact with this run's training and data."""
+    return made_by.model_copy(update={"train": now.train, "data": now.data})
+
+
+def _dry_run(
+    opened: Opened, plan: Plan, walked: Walk, resolved: Resolved, options: ConvertOptions, clock: Clock
+) -> Conversion:
+    return Conversion(
+        source=SourceFile(str(opened.path), opened.kind, opened.bytes, opened.sha256),
+        output=None,
+        totals=planned_totals(plan),
+        layers=layer_results(plan, None),
+        equality=None,
+        metrics=None,
+        route=plan.route,
+        seed=options.seed,
+        timing=clock.laps,
+        warnings=(),
+        notes=(*opened.notes, *resolved.notes, *plan.notes, *walked.notes),
+    )
+
+
+def _unequal(equal: Equality) -> str:
+    return (
+        f"The rewritten model does not compute what the source computes: max|Δ|/max|y| = {equal.max_rel_diff:.2e}, "
+        f"at most {equal.tolerance:.0e} is allowed. Nothing was written. Convert fewer layers (policy rules) to find "
+        "the one, and please report it."
+    )

@@ -1,0 +1,107 @@
+"""What one conversion trains: the output itself and, to compare, its two neighbours on the same steps and batches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from padconvert.errors import FileError
+from padconvert.finetune.data.batches import Batches
+from padconvert.finetune.data.examples import Batch, known_labels, tensors_of
+from padconvert.finetune.data.labels import check_labels
+from padconvert.finetune.data.sources import Data
+from padconvert.finetune.evaluate import evaluate
+from padconvert.finetune.loop import Setting, finetune_, routing_forwards, start
+from padconvert.finetune.objectives import Objective, class_axis, dtype_of, forward, logits_of
+from padconvert.finetune.resume import WorkDir
+from padconvert.finetune.routing import set_routers_
+from padconvert.layers import PadLayer
+from padconvert.partition import Partitioner
+from padconvert.policy import Policy
+from padconvert.progress import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Trainer:
+    """Data, objective and policy of a run, bound together. `teacher` is the source, frozen and in eval mode."""
+
+    policy: Policy
+    data: Data
+    setting: Setting
+    progress: Progress
+    work_dir: WorkDir | None
+
+    @staticmethod
+    def of(
+        policy: Policy,
+        data: Data,
+        source: nn.Module,
+        seed: int,
+        device: torch.device,
+        progress: Progress,
+        work_dir: WorkDir | None,
+    ) -> Trainer:
+        """Raises FileError where the data does not fit the model, PolicyError where it does not fit the policy."""
+        objective = objective_of(policy, data)
+        teacher = copy.deepcopy(source).eval().requires_grad_(False) if objective.needs_teacher else None
+        batches = Batches(data.train, policy.train.batch_size, seed)
+        check_data(source, data, device)
+        return Trainer(policy, data, Setting(policy, objective, teacher, batches, seed, device), progress, work_dir)
+
+    def set_routers_(self, model: nn.Module, layers: Mapping[str, PadLayer]) -> None:
+        """Set the routers from what the layers see of the training data."""
+        set_routers_(model, layers, routing_forwards(model, self.setting), self.setting.seed)
+
+    def fit_(self, model: nn.Module, partitioner: Partitioner | None, name: str) -> list[dict[str, float]]:
+        """Train `model` in place, resuming from the work directory if there is one; returns the run's history."""
+        keeper = self.work_dir.keeper(name, self.policy.train) if self.work_dir is not None else None
+        run = start(model, partitioner, self.setting)
+        finetune_(run, self.setting, self.progress, keeper)
+        return run.history
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """What the model scores on the evaluation data; empty where there is none or it has no labels."""
+        if self.data.eval is None:
+            return {}
+        return evaluate(model, self.data.eval, max(self.policy.train.batch_size, 256), device=self.setting.device)
+
+
+def objective_of(policy: Policy, data: Data) -> Objective:
+    """What is to be minimised, given what the data offers."""
+    return Objective.of(policy.train, labelled=data.train.labelled, augments=data.train.augments)
+
+
+def check_data(model: nn.Module, data: Data, device: torch.device) -> None:
+    """Raises FileError unless the model takes the data's batches and its outputs have room for every label."""
+    for name, examples in (("training", data.train), ("evaluation", data.eval)):
+        if examples is None:
+            continue
+        batch = examples.batch(torch.arange(min(2, len(examples)))).to(device, dtype_of(model))
+        logits = _outputs(model, batch, name)
+        labels = known_labels(examples)
+        if batch.labels is None or labels is None or labels.is_floating_point():
+            continue
+        check_labels(labels, logits.shape[class_axis(logits, batch.labels)], f"the {name} data")
+
+
+def _outputs(model: nn.Module, batch: Batch, name: str) -> Tensor:
+    training = model.training
+    try:
+        with torch.no_grad():
+            return logits_of(forward(model.eval(), batch.inputs))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        shapes = {name: list(tensor.shape) for name, tensor in tensors_of(batch.inputs).items()}
+        raise FileError(
+            f"the model cannot take the {name} data, batches of {_plain(shapes)}: {str(error).splitlines()[0]}. "
+            "Check data.layout, data.input_key and the source."
+        ) from error
+    finally:
+        model.train(training)
+
+
+def _plain(shapes: dict[str, list[int]]) -> str:
+    return str(shapes.get("", shapes))

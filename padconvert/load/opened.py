@@ -1,0 +1,140 @@
+"""What a conversion starts from: a static source, or an artefact to go on from. Both look alike from here on."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from padconvert.checkpoint.read import Checkpoint, read_checkpoint
+from padconvert.errors import FileError, UsageError
+from padconvert.fold import plain_layer
+from padconvert.load import open_source
+from padconvert.load.artefact import load_checkpoint
+from padconvert.load.detect import InputKind, detect
+from padconvert.load.factory import architecture_of, build_factory
+from padconvert.load.source import Source, own_tensors, sha256_of
+from padconvert.options import ConvertOptions
+from padconvert.plan import Plan, TensorSizes
+from padconvert.policy import Policy
+from padconvert.precision import upcast_
+from padconvert.rewrite import names_of, pad_layers, rewrite_, swap_
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """`module` computes what the input computes; `static` is its network with static layers only (the same object,
+    unless the input is a trained artefact), which is what is walked and planned."""
+
+    path: Path
+    kind: str
+    module: nn.Module
+    static: nn.Module
+    bytes: int
+    sha256: str
+    architecture: dict[str, Any]
+    extra_tensors: Mapping[str, Tensor]
+    notes: tuple[str, ...]
+    policy: Policy | None = None  # of a trained artefact: what it was made by
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the partition is done already and only training goes on."""
+        return self.static is not self.module
+
+    @property
+    def sizes(self) -> TensorSizes:
+        """Shape and bytes per number of every tensor of the static network, each once."""
+        tensors = own_tensors(self.static)
+        return {name: (tuple(tensor.shape), tensor.element_size()) for name, tensor in tensors.items()}
+
+    def dynamic_copy(self, plan: Plan) -> nn.Module:
+        """A copy to train, in fp32 where the input is in half precision: rewritten by the plan, or opened again."""
+        model = upcast_(copy.deepcopy(self.module))
+        if not self.goes_on:
+            rewrite_(model, plan)
+            return model
+        scaled = {entry.info.name for entry in plan.converted if entry.choice and entry.choice.scales == "both"}
+        for name, layer in pad_layers(model).items():
+            if name in scaled:
+                layer.add_scales_()
+        return model
+
+
+def open_input(path: Path, options: ConvertOptions, device: torch.device) -> Opened:
+    """Open a saved model or an artefact on `device`. Raises as `open_source` and `load` do."""
+    if detect(path) is InputKind.ARTEFACT:
+        return _opened_artefact(path, options, device)
+    source = open_source(path, arch=options.arch, arch_args=options.arch_args, trust=options.trust)
+    module = module_of(source).to(device)
+    assert source.sha256 is not None, "open_source hashes unless told not to"
+    return Opened(
+        path=path,
+        kind=source.kind,
+        module=module,
+        static=module,
+        bytes=source.bytes,
+        sha256=source.sha256,
+        architecture=source.architecture,
+        extra_tensors=source.extra_tensors,
+        notes=source.notes,
+    )
+
+
+def module_of(source: Source) -> nn.Module:
+    """The source's network. Raises FileError where the file holds tensors and no architecture was named."""
+    if source.module is None:
+        raise FileError(
+            f"{source.path}: holds tensors but no architecture, so there is no network to convert. "
+            "Name the function that builds it: --arch package.module:factory (its arguments by --arch-arg name=value)."
+        )
+    return source.module
+
+
+def _opened_artefact(path: Path, options: ConvertOptions, device: torch.device) -> Opened:
+    """An artefact that was never fine-tuned is its source in another form, so the whole line starts again from it."""
+    checkpoint = read_checkpoint(path)
+    into = build_factory(architecture_of(options.arch, options.arch_args)) if options.arch else None
+    module = load_checkpoint(checkpoint, into=into, trust=options.trust).to(device)
+    extra = {name: checkpoint.tensor(name, copy=True) for name in checkpoint.manifest.extra_tensors}
+    opened = Opened(
+        path=path,
+        kind="artefact",
+        module=module,
+        static=static_twin(module),
+        bytes=path.stat().st_size,
+        sha256=sha256_of(path),
+        architecture=checkpoint.manifest.architecture,
+        extra_tensors=extra,
+        notes=(),
+    )
+    if not checkpoint.manifest.trained:
+        note = "the artefact was never fine-tuned: its partition is chosen anew"
+        return replace(opened, module=opened.static, notes=(note,))
+    if options.dynamic_ratio is not None or options.experts is not None or options.granularity is not None:
+        raise UsageError(
+            f"{path}: a fine-tuned artefact keeps its partition, so --dynamic-ratio, --experts and --granularity "
+            "cannot change it. Convert the source again to get another one."
+        )
+    return replace(opened, policy=_policy_of(checkpoint), notes=("training goes on; the partition stays",))
+
+
+def static_twin(module: nn.Module) -> nn.Module:
+    """A copy with every Pad layer as the plain layer of its first expert: the source's network, its weights only
+    where the experts are equal."""
+    twin = copy.deepcopy(module)
+    plain: dict[str, nn.Module] = {}
+    for layer in pad_layers(twin).values():
+        plain |= dict.fromkeys(names_of(twin, layer), plain_layer(layer))
+    swap_(twin, plain)
+    return twin
+
+
+def _policy_of(checkpoint: Checkpoint) -> Policy:
+    return Policy.model_validate_json(json.dumps(checkpoint.manifest.policy))

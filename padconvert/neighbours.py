@@ -1,0 +1,91 @@
+"""Train the output and, to compare, its two neighbours: the static source and the fully dynamic network."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from padconvert.account import verdict
+from padconvert.errors import UsageError
+from padconvert.finetune.data.sources import Data
+from padconvert.finetune.resume import WorkDir
+from padconvert.finetune.train import Trainer
+from padconvert.load.opened import Opened
+from padconvert.options import ConvertOptions
+from padconvert.partition import Partitioner
+from padconvert.plan import Plan, plan_to_json
+from padconvert.precision import upcast_
+from padconvert.progress import Progress
+from padconvert.results import Comparison, Metrics
+from padconvert.rewrite import pad_layers
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    comparison: Comparison | None
+    history: list[dict[str, float]]
+
+
+def train_(
+    opened: Opened,
+    model: nn.Module,
+    plan: Plan,
+    data: Data | None,
+    options: ConvertOptions,
+    device: torch.device,
+    progress: Progress,
+) -> Trained:
+    """Partition `model` in place: after training with data, at once without."""
+    if plan.route == "data-free" or data is None:
+        if plan.converted:
+            Partitioner(model, plan).round_(1, [])
+        return Trained(None, [])
+    source = upcast_(copy.deepcopy(opened.module))
+    work_dir = _work_dir(opened, plan, options)
+    trainer = Trainer.of(plan.policy, data, source, options.seed, device, progress, work_dir)
+    before = trainer.metrics(source)
+    static, full = _controls(trainer, source, model, opened, options)
+    progress.stage("train")
+    if not opened.goes_on:
+        trainer.set_routers_(model, pad_layers(model))
+    partitioner = Partitioner(model, plan) if plan.converted and not opened.goes_on else None
+    history = trainer.fit_(model, partitioner, "output")
+    after = trainer.metrics(model)
+    samples = len(data.eval) if data.eval is not None else 0
+    said = verdict(after, static, samples)
+    return Trained(Comparison(before, after, static, full, said) if before else None, history)
+
+
+def _controls(
+    trainer: Trainer, source: nn.Module, model: nn.Module, opened: Opened, options: ConvertOptions
+) -> tuple[Metrics | None, Metrics | None]:
+    """With `--compare`: the static source and the fully dynamic network after the same steps on the same batches."""
+    if not options.compare:
+        return None, None
+    if opened.goes_on:
+        raise UsageError("--compare needs the static source to train beside; convert that instead of an artefact.")
+    trainer.progress.stage("train the static control")
+    static = copy.deepcopy(source)
+    trainer.fit_(static, None, "static")
+    trainer.progress.stage("train the fully dynamic control")
+    full = copy.deepcopy(model)
+    trainer.set_routers_(full, pad_layers(full))
+    trainer.fit_(full, None, "fully_dynamic")
+    return trainer.metrics(static), trainer.metrics(full)
+
+
+def _work_dir(opened: Opened, plan: Plan, options: ConvertOptions) -> WorkDir | None:
+    if options.work_dir is None:
+        return None
+    fingerprint = {
+        "source sha256": opened.sha256,
+        "plan": plan_to_json(plan),
+        "seed": options.seed,
+        "device": options.device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    return WorkDir(options.work_dir, fingerprint)

@@ -1,0 +1,72 @@
+"""Write the artefact, and give it its name only once it was read back and computes what was trained."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from padconvert.checkpoint.read import Checkpoint, read_checkpoint
+from padconvert.checkpoint.save import provenance_of, save_model
+from padconvert.checkpoint.write import WrittenFile
+from padconvert.errors import VerificationError
+from padconvert.load.artefact import load_checkpoint
+from padconvert.load.opened import Opened
+from padconvert.options import ConvertOptions
+from padconvert.plan import Plan
+from padconvert.verify import probe_check, runs
+from padconvert.walk.probe import ProbeSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """What goes into the file beside the model."""
+
+    opened: Opened
+    plan: Plan
+    probe: ProbeSpec | None
+    options: ConvertOptions
+
+    def write(self, model: nn.Module, output: Path) -> WrittenFile:
+        """The folded model as a file. Raises VerificationError, and leaves no file, where it does not come back."""
+        trained = self.plan.route == "trained"
+        probe = self.probe if self.probe is not None and runs(model, self.probe) else None
+        return save_model(
+            model.eval(),
+            output,
+            architecture=self.opened.architecture,
+            provenance=provenance_of(
+                source_sha256=self.opened.sha256,
+                source_kind=self.opened.kind,
+                device=self.options.device,
+                seed=self.options.seed,
+                trained=trained,
+            ),
+            policy=self.plan.policy.model_dump(mode="json"),
+            trained=trained,
+            probe=probe,
+            extra_tensors=self.opened.extra_tensors,
+            force=self.options.force,
+            source=self.opened.path,
+            check=self._check_back,
+        )
+
+    def _check_back(self, path: Path) -> None:
+        """Load the file as a user would and hold its outputs against the recorded ones."""
+        checkpoint = read_checkpoint(path)
+        check = probe_check(checkpoint, self._loaded(checkpoint))
+        if not check.passed:
+            raise VerificationError(
+                f"The written file does not give the model back: outputs differ by {check.value}, at most "
+                f"{check.limit} is allowed. Nothing was written; please report it."
+            )
+
+    def _loaded(self, checkpoint: Checkpoint) -> nn.Module:
+        architecture = self.opened.architecture
+        if architecture["kind"] == "none":
+            return load_checkpoint(checkpoint, into=copy.deepcopy(self.opened.static).cpu())
+        # the factory is the user's own word of this very run
+        factory = [str(architecture["ref"]).split(":")[0]] if architecture["kind"] == "factory" else []
+        return load_checkpoint(checkpoint, trust=(*self.options.trust, *factory))

@@ -1,0 +1,59 @@
+"""What a run stands in: its clock, its device and determinism, and how an interruption ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from padconvert.errors import Interrupted, UsageError
+from padconvert.options import ConvertOptions
+
+
+class Clock:
+    """Seconds a stage took, by name."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = round(now - self._last, 3)
+        self._last = now
+
+
+@contextmanager
+def settled(device: str) -> Iterator[torch.device]:
+    """The device, with deterministic algorithms for as long as the run lasts."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"--device {device}: cannot be used ({str(error).splitlines()[0]}). 'padconvert doctor' lists the devices."
+        ) from error
+    before = torch.are_deterministic_algorithms_enabled()
+    state = torch.random.get_rng_state()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield found
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.random.set_rng_state(state)
+
+
+@contextmanager
+def resumable(options: ConvertOptions) -> Iterator[None]:
+    """Ctrl-C ends in a message that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        how = (
+            f"the same command goes on from {options.work_dir}"
+            if options.work_dir is not None
+            else "with --work-dir DIR a run can be resumed"
+        )
+        raise Interrupted(f"Interrupted; nothing was written. Next time: {how}.") from None
