@@ -116,7 +116,7 @@ def load_policy(
 
 
 def _error(problems: list[Problem]) -> PadconvertError:
-    # A value that could not be read is reported once, not again as missing.
+    # Each value is reported once: not again with the next file, nor as missing where it could not be read.
     first = {(problem.origin.where, problem.path): problem for problem in reversed(problems)}
     unique = list(dict.fromkeys(str(problem) for problem in problems if problem in first.values()))
     kind = UsageError if all(problem.origin.is_option for problem in problems) else PolicyError
@@ -225,7 +225,7 @@ class _Stack:
 
     def _check(self, rank: int) -> None:
         self.policy, found = check(self.values, self.origins)
-        self.problems += [problem for problem in found if problem.origin.rank == rank]
+        self.problems += found
         train = self.values.get("train")
         self.optimizers[rank] = train.get("optimizer") if isinstance(train, dict) else None
 
