@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import safetensors.torch
@@ -176,16 +176,32 @@ def test_a_tied_tensor_is_stored_once_under_its_layers_name(tmp_path: Path) -> N
     assert checkpoint.header.tensors.keys() == parts.keys() | {"m", "o", "reshaped"}
     read = checkpoint.tensors()
     assert read["n"] is read["m"]
+    assert same_bits(checkpoint.tensor("n"), shared)
+    with pytest.raises(FileError, match="there is no tensor 'never'"):
+        checkpoint.tensor("never")
     assert same_bits(read["a.weight_dynamic"], parts["z.weight_dynamic"])
 
 
-def test_equal_tensors_that_are_not_tied_stay_two(tmp_path: Path) -> None:
-    class OnDemand(dict[str, Tensor]):
-        def __getitem__(self, name: str) -> Tensor:  # freed at once, so the next one gets the same address
-            return super().__getitem__(name).clone()
+def test_layers_that_share_a_tensor_each_store_it(tmp_path: Path) -> None:
+    parts = tensors_of(entry("a"))
+    tensors = parts | {name.replace("a.", "b."): tensor for name, tensor in parts.items()}
+    checkpoint = write(tmp_path, manifest(entry("a"), entry("b")), tensors)
+    assert checkpoint.manifest.aliases == {}
+    assert all(same_bits(checkpoint.tensor(name), tensors[name]) for name in tensors)
 
-    tensors = {name: torch.full((100_000,), float(n)) for n, name in enumerate("abc")}
+
+def test_tensors_at_one_address_at_different_times_are_not_tied(tmp_path: Path) -> None:
+    class OnDemand(dict[str, Tensor]):
+        addresses: ClassVar[list[int]] = []
+
+        def __getitem__(self, name: str) -> Tensor:
+            made = super().__getitem__(name).clone()
+            self.addresses.append(made.data_ptr())
+            return made
+
+    tensors = {f"t{n:02}": torch.full((64,), float(n)) for n in range(50)}
     checkpoint = write(tmp_path, manifest(), OnDemand(tensors))
+    assert len(set(OnDemand.addresses)) < 50  # freed at once, so addresses really came again
     assert checkpoint.manifest.aliases == {}
     assert all(same_bits(checkpoint.tensor(name), tensors[name]) for name in tensors)
 

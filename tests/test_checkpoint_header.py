@@ -92,6 +92,16 @@ def test_four_bit_tensors_of_others_can_be_listed(tmp_path: Path) -> None:
         open_tensors(path).tensor("q")
 
 
+def test_tensors_that_lie_unaligned_are_handed_out_aligned(tmp_path: Path) -> None:
+    document = json.dumps({"a": tensor(1, 9), "b": tensor(0, 1, "U8", [1])}).encode()
+    data = bytes([7]) + bytes(torch.tensor([1.5, -2.5]).view(torch.uint8).tolist())
+    for padding in range(4):
+        file = open_tensors(on_disk(tmp_path / "x", file_of(document + b" " * padding, data)))
+        assert file.tensor("a").tolist() == [1.5, -2.5]
+        assert file.tensor("b").tolist() == [7]
+        assert file.tensor("a").data_ptr() % 4 == 0
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
