@@ -12,13 +12,29 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     __version__: str
+    from padconvert.api import fold as fold
+    from padconvert.api import plan as plan
+    from padconvert.api import save as save
+    from padconvert.convert import convert as convert
     from padconvert.errors import PadconvertError as PadconvertError
+    from padconvert.fold import fold_ as fold_
+    from padconvert.load.artefact import load as load
     from padconvert.options import ConvertOptions as ConvertOptions
+    from padconvert.partition import Partitioner as Partitioner
+    from padconvert.rewrite import rewrite_ as rewrite_
 
 #: public name → the module it lives in
 _HOMES = {
     "ConvertOptions": "padconvert.options",
     "PadconvertError": "padconvert.errors",
+    "Partitioner": "padconvert.partition",
+    "convert": "padconvert.convert",
+    "fold": "padconvert.api",
+    "fold_": "padconvert.fold",
+    "load": "padconvert.load.artefact",
+    "plan": "padconvert.api",
+    "rewrite_": "padconvert.rewrite",
+    "save": "padconvert.api",
 }
 
 

@@ -125,8 +125,7 @@ def _plan(
     if opened.goes_on:
         if data is None or why_not is not None:
             raise UsageError(why_not or "A fine-tuned artefact can only be trained on: name data with --data.")
-        assert opened.policy is not None
-        resolved = Resolved(_going_on(opened.policy, policy), {}, resolved.notes)
+        resolved = Resolved(_going_on(opened, policy), {}, resolved.notes)
     route: Route = "data-free" if data is None or why_not is not None else "trained"
     if options.plan is not None:
         plan = read_plan(options.plan)
@@ -140,9 +139,11 @@ def _plan(
     return plan, [] if why_not is None else [why_not]
 
 
-def _going_on(made_by: Policy, now: Policy) -> Policy:
-    """The partition of the artefact with this run's training and data."""
-    return made_by.model_copy(update={"train": now.train, "data": now.data})
+def _going_on(opened: Opened, policy: Policy) -> Policy:
+    """This run's training and data on the artefact's own partition."""
+    defaults = policy.defaults.model_copy(update={"convert": False})
+    partition = policy.partition.model_copy(update={"scope": "layer"})
+    return policy.model_copy(update={"defaults": defaults, "rules": opened.rules, "partition": partition})
 
 
 def _dry_run(

@@ -54,11 +54,11 @@ class LayerResult:
     kind: str
     verdict: Verdict
     reason: Reason
-    granularity: str | None
-    num_experts: int | None
-    dynamic_ratio: float | None
-    n_static: int | None
-    n_dynamic: int | None
+    granularity: str | None = None
+    num_experts: int | None = None
+    dynamic_ratio: float | None = None
+    n_static: int | None = None  # weight entries; None where they are not known (yet)
+    n_dynamic: int | None = None
     detail: str = ""
     type: str = ""  # class name
     role: str = ""

@@ -35,13 +35,14 @@ def settled(device: str) -> Iterator[torch.device]:
         raise UsageError(
             f"--device {device}: cannot be used ({str(error).splitlines()[0]}). 'padconvert doctor' lists the devices."
         ) from error
-    before = torch.are_deterministic_algorithms_enabled()
+    # not use_deterministic_algorithms, which does the same but imports torch's compiler first: seconds
+    before = torch.get_deterministic_debug_mode()
     state = torch.random.get_rng_state()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")
     try:
         yield found
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
         torch.random.set_rng_state(state)
 
 

@@ -67,6 +67,10 @@ def _verdict(pickled: Pickled, trust: tuple[str, ...], where: str) -> tuple[str,
         kind = found.kind
         if isinstance(found.node, ObjectNode):
             build(found.node, lambda node: _empty(pickled, node), trust, where)
+        else:
+            for _, value in found.node.pairs:
+                if isinstance(value, TensorNode):
+                    _empty(pickled, value)
     except (UnsafeError, FileError) as error:
         return kind, str(error)
     return kind, "loads"

@@ -88,12 +88,10 @@ def _detect_rest(place: Path, head: bytes) -> InputKind:
             raise FileError(f"{place}: {what}, not a model saved by torch. {_NEXT}.")
     if head[257:262] == b"ustar":
         raise FileError(f"{place}: a tar file. Load it once with the torch it came from, then: {_NEXT}.")
-    if head[0] == 0x80:
+    # protocols 0 and 1 have no mark of their own, but torch's old format begins with its magic number
+    if head[0] == 0x80 or head.startswith(b"L119547037146038801333356L"):
         return InputKind.PICKLE
     if _is_text(head):
-        # protocols 0 and 1 begin like text; torch's old format begins with its magic number there too
-        if head.startswith(b"L119547037146038801333356L"):
-            return InputKind.PICKLE
         raise FileError(f"{place}: a text file, not a saved model. {_NEXT}.")
     raise FileError(f"{place}: not a file of any kind known here. {_NEXT}.")
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from padconvert.checkpoint.read import Checkpoint, read_checkpoint
+from padconvert.checkpoint.manifest import Manifest
+from padconvert.checkpoint.read import read_checkpoint
 from padconvert.errors import FileError, UsageError
 from padconvert.fold import plain_layer
+from padconvert.layers.facts import LayerFacts
+from padconvert.layers.packed import UnitView
 from padconvert.load import open_source
 from padconvert.load.artefact import load_checkpoint
 from padconvert.load.detect import InputKind, detect
@@ -22,9 +26,10 @@ from padconvert.load.factory import architecture_of, build_factory
 from padconvert.load.source import Source, own_tensors, sha256_of
 from padconvert.options import ConvertOptions
 from padconvert.plan import Plan, TensorSizes
-from padconvert.policy import Policy
+from padconvert.policy import Rule
 from padconvert.precision import upcast_
 from padconvert.rewrite import names_of, pad_layers, rewrite_, swap_
+from padconvert.words import Routing
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,7 @@ class Opened:
     architecture: dict[str, Any]
     extra_tensors: Mapping[str, Tensor]
     notes: tuple[str, ...]
-    policy: Policy | None = None  # of a trained artefact: what it was made by
+    rules: tuple[Rule, ...] = ()  # of a trained artefact: its partition
 
     @property
     def goes_on(self) -> bool:
@@ -122,7 +127,7 @@ def _opened_artefact(path: Path, options: ConvertOptions, device: torch.device) 
             f"{path}: a fine-tuned artefact keeps its partition, so --dynamic-ratio, --experts and --granularity "
             "cannot change it. Convert the source again to get another one."
         )
-    return replace(opened, policy=_policy_of(checkpoint), notes=("training goes on; the partition stays",))
+    return replace(opened, rules=rules_of(checkpoint.manifest), notes=("training goes on; the partition stays",))
 
 
 def static_twin(module: nn.Module) -> nn.Module:
@@ -136,5 +141,19 @@ def static_twin(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _policy_of(checkpoint: Checkpoint) -> Policy:
-    return Policy.model_validate_json(json.dumps(checkpoint.manifest.policy))
+def rules_of(manifest: Manifest) -> tuple[Rule, ...]:
+    """The artefact's partition as policy rules, one a layer, so that a plan describes what is there."""
+    return tuple(_rule_of(entry.name, entry.facts) for entry in manifest.layers)
+
+
+def _rule_of(name: str, facts: LayerFacts) -> Rule:
+    view = UnitView(facts.weight_shape, facts.granularity)
+    return Rule(
+        name="re:" + re.escape(name),
+        convert=True,
+        dynamic_ratio=(Decimal(facts.n_dynamic) / view.units).quantize(Decimal(10) ** -20),
+        num_experts=facts.num_experts,
+        granularity=facts.granularity.value,
+        router=facts.router,
+        routing="sequence" if facts.routing is Routing.SEQUENCE else "token",
+    )

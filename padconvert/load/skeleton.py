@@ -42,7 +42,7 @@ def skeleton_of(module: nn.Module, trust: Sequence[str] = ()) -> tuple[dict[str,
     numbered = _Numbered()
     buffer = io.BytesIO()
     pickler = pickle.Pickler(buffer, protocol=4)
-    pickler.persistent_id = numbered.persistent_id  # type: ignore[method-assign,assignment]
+    pickler.persistent_id = numbered.persistent_id  # type: ignore[method-assign]
     try:
         pickler.dump(module)
     except (pickle.PicklingError, TypeError, AttributeError, ValueError, RuntimeError, RecursionError) as error:
@@ -124,7 +124,7 @@ def _specs(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, TensorS
 
 def _view_of(view: Tensor, name: str, base: Tensor) -> tuple[str, int] | None:
     """(base, offset in entries) where all of a view lies inside an earlier tensor."""
-    offset = view.storage_offset() - base.storage_offset()
+    offset = int(view.storage_offset()) - int(base.storage_offset())
     last = offset + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
     inside = view.dtype == base.dtype and view.numel() > 0 and offset >= 0 and last < base.numel()
     return (name, offset) if inside else None

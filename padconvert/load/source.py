@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,20 +80,3 @@ def _finite(tensor: Tensor) -> bool:
         return bool(tensor.float().isfinite().all())
     # both ends carry NaN along, and no copy is made
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
-
-
-class LazyTensors(Mapping[str, Tensor]):
-    """Tensors that are made when they are asked for."""
-
-    def __init__(self, names: Mapping[str, str], read: Callable[[str], Tensor]) -> None:
-        self.names = names
-        self.read = read
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.read(self.names[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)

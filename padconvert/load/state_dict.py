@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from padconvert.errors import FileError
-from padconvert.load.nodes import ObjectNode, SeriesNode, TableNode, TensorNode, Value
+from padconvert.allow import hint
+from padconvert.errors import FileError, UnsafeError
+from padconvert.load.nodes import ObjectNode, RefusedNode, SeriesNode, TableNode, TensorNode, Value
 
 # Where training scripts put the network, in the order in which they are looked for.
 KEYS = (
@@ -34,6 +35,8 @@ def find_network(root: Value, where: str) -> Found:
             return Found(root, "state_dict", ())
         case TableNode():
             return _inside(root, where, "", _DEPTH)
+        case RefusedNode(name=name, why=why):
+            raise UnsafeError(f"{where}: {name.full}: {why}; {hint(name.module, name.name)}.")
         case TensorNode():
             raise FileError(f"{where}: a single tensor, not a model. Save the model or its state dict.")
         case _:

@@ -19,6 +19,7 @@ from padconvert.load.reductions import DTYPE_BYTES
 _MAX_EXPANDED = 1 << 24
 _MAX_COUNT = 1 << 48
 _ALIGNMENT = 16
+_SMALL = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +31,17 @@ class Region:
 
 
 class MappedFile:
-    """A file mapped copy-on-write: what is written into its tensors never reaches the disk."""
+    """A file of any size, mapped for reading. Storages are mapped one by one and copy-on-write: what is written into
+    their tensors never reaches the disk, and a file larger than the memory can still be opened."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             with path.open("rb") as file:
                 self.size = os.fstat(file.fileno()).st_size
-                self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if self.size else None
-        except OSError as error:
-            raise FileError(f"{path}: cannot be read ({error.strerror or error}).") from error
+                self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
+        except (OSError, ValueError) as error:
+            raise FileError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
 
     def map(self) -> mmap.mmap:
         """The mapped bytes. Raises FileError for an empty file."""
@@ -51,13 +53,20 @@ class MappedFile:
         return self.map()[region.start : region.start + region.size]
 
     def storage(self, region: Region) -> torch.UntypedStorage:
-        """The region as a storage; copied only where its place in the file is not aligned."""
+        """The region as a storage of its own; copied where it is small, or its place in the file is not aligned."""
         if region.size == 0:
             return torch.UntypedStorage(0)
-        raw = torch.frombuffer(self.map(), dtype=torch.uint8, count=region.size, offset=region.start)
-        if region.start % _ALIGNMENT:
-            raw = raw.clone()
-        return raw.untyped_storage()
+        if region.size < _SMALL or region.start % _ALIGNMENT:
+            return torch.frombuffer(bytearray(self.read(region)), dtype=torch.uint8).untyped_storage()
+        before = region.start % mmap.ALLOCATIONGRANULARITY
+        try:
+            with self.path.open("rb") as file:
+                pages = mmap.mmap(
+                    file.fileno(), before + region.size, offset=region.start - before, access=mmap.ACCESS_COPY
+                )
+        except (OSError, ValueError) as error:
+            raise FileError(f"{self.path}: {region.size} bytes cannot be mapped into memory ({error}).") from error
+        return torch.frombuffer(pages, dtype=torch.uint8, count=region.size, offset=before).untyped_storage()
 
 
 def torch_dtype(name: str) -> torch.dtype:

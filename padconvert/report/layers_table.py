@@ -51,13 +51,12 @@ def _row(layer: LayerResult) -> list[RenderableType]:
         name.append(f"\n= {alias}", style="dim")
     verdict = Text(_verdict(layer), style=STYLES[layer.verdict])
     weight = f"{layer.type or layer.kind} {numbers.shape(layer.weight_shape)}"
-    if layer.n_dynamic is None or layer.n_static is None or not layer.n_dynamic:
-        return [name, weight, verdict, *[""] * 5]
-    total = layer.n_static + layer.n_dynamic
-    counts = [f"{layer.n_static:,}", f"{layer.n_dynamic:,}"]
     ratio = "" if layer.dynamic_ratio is None else f"{layer.dynamic_ratio:.3g}"
-    filled = Text(numbers.bar(layer.n_dynamic / total, BAR_WIDTH), style="cyan")
-    return [name, weight, verdict, ratio, str(layer.num_experts or ""), *counts, filled]
+    experts = str(layer.num_experts or "")
+    if layer.n_dynamic is None or layer.n_static is None:  # a plan whose layers are still to be ranked together
+        return [name, weight, verdict, ratio, experts, "", "", ""]
+    filled = Text(numbers.bar(layer.n_dynamic / (layer.n_static + layer.n_dynamic), BAR_WIDTH), style="cyan")
+    return [name, weight, verdict, ratio, experts, f"{layer.n_static:,}", f"{layer.n_dynamic:,}", filled]
 
 
 def _verdict(layer: LayerResult) -> str:

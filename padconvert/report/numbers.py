@@ -35,10 +35,8 @@ def shape(numbers: Sequence[int]) -> str:
 
 
 def metric(name: str, value: float) -> str:
-    """Losses and correlations as plain numbers, all other metrics are fractions and shown as percentages."""
-    if "loss" in name or "error" in name or "corr" in name:
-        return f"{value:.4f}"
-    return share(value, 2)
+    """Accuracy and F1 as percentages; losses, errors and correlations as plain numbers."""
+    return share(value, 2) if "accuracy" in name or "f1" in name else f"{value:.4f}"
 
 
 def bar(value: float, width: int) -> str:

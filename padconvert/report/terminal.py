@@ -66,7 +66,8 @@ def _conversion(result: Conversion) -> Iterator[RenderableType]:
     if receipts:
         yield _lines(receipts)
     if result.warnings or result.notes:
-        yield _lines([Text(f"! {line}", style="yellow") for line in result.warnings] + [_note(n) for n in result.notes])
+        notes = [_note(note) for note in dict.fromkeys(result.notes)]
+        yield _lines([Text(f"! {line}", style="yellow") for line in result.warnings] + notes)
 
 
 def _headline(result: Conversion) -> Text:
@@ -104,7 +105,7 @@ def cost_table(totals: Totals, metrics: Comparison | None) -> Table:
 
 
 def _metric_rows(table: Table, metrics: Comparison, control: bool) -> None:
-    for name in metrics.output:
+    for name in sorted(metrics.output, key=lambda name: name == "loss"):  # what one asks for first, the loss last
 
         def cell(of: Metrics | None, name: str = name) -> str:
             return numbers.metric(name, of[name]) if of and name in of else "–"
@@ -174,20 +175,24 @@ def _inspection(result: Inspection) -> Iterator[RenderableType]:
 
 def _holdings(result: Inspection) -> Table:
     totals = result.totals
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
-    of_source = result.trained is None
-    for name in ("", "static source", "padconvert would make" if of_source else "padconvert", "fully dynamic"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    ours = "padconvert would make" if result.trained is None else "padconvert"
     columns = {
-        "parameters": (totals.params_source, totals.params_output, totals.params_fully_dynamic),
-        "bytes": (totals.bytes_source, totals.bytes_output, totals.bytes_fully_dynamic),
+        "static source": (totals.params_source, totals.bytes_source),
+        ours: (totals.params_output, totals.bytes_output),
+        "fully dynamic": (totals.params_fully_dynamic, totals.bytes_fully_dynamic),
     }
-    for name, values in columns.items():
-        said = "{:,}".format if name == "parameters" else numbers.size
-        table.add_row(name, *["–" if value is None else said(value) for value in values])
-        base = values[0]
-        if base and values[1] is not None:
-            table.add_row("", *["" if value is None else numbers.times(value, base) for value in values])
+    known = {
+        name: (params, size) for name, (params, size) in columns.items() if params is not None and size is not None
+    }
+    params, sizes = zip(*known.values(), strict=True)
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    table.add_column("")
+    for name in known:
+        table.add_column(name, justify="right", no_wrap=True)
+    for label, values, said in (("parameters", params, "{:,}".format), ("bytes", sizes, numbers.size)):
+        table.add_row(label, *[said(value) for value in values])
+        if len(known) > 1:
+            table.add_row("", *[numbers.times(value, values[0]) for value in values])
     return table
 
 

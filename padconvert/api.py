@@ -1,0 +1,95 @@
+"""The steps of a conversion, one call each, for models in memory and training loops of one's own.
+
+plan = padconvert.plan(model)                        # what would be done to which layer, and what it costs
+padconvert.rewrite_(model, plan)                     # the same function, fully dynamic
+partitioner = padconvert.Partitioner(model, plan)    # .round_(t, losses) between training steps
+padconvert.save(padconvert.fold(model), "model.pad.safetensors")
+model = padconvert.load("model.pad.safetensors")
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from padconvert.checkpoint.save import experts_are_equal, provenance_of, save_model
+from padconvert.checkpoint.write import WrittenFile
+from padconvert.fold import fold_
+from padconvert.load import describe
+from padconvert.load.opened import static_twin
+from padconvert.load.source import own_tensors
+from padconvert.plan import Plan, Route, make_plan
+from padconvert.policy import Policy, Resolved, load_policy
+from padconvert.rewrite import pad_layers
+from padconvert.walk import walk
+from padconvert.walk.probe import find_probe, probe_of_batch
+from padconvert.walk.quiet import device_of
+
+Inputs = Tensor | dict[str, Tensor]
+
+
+def plan(
+    model: nn.Module,
+    policy: Policy | Resolved | str | os.PathLike[str] | None = None,
+    *,
+    inputs: Inputs | None = None,
+    route: Route = "trained",
+    seed: int = 0,
+) -> Plan:
+    """The plan for a model in memory, which is not changed.
+
+    `policy` is a policy, a YAML file or a preset's name (default: `paper`). `inputs` is an example batch; without
+    one, inputs are found by trying. Raises PolicyError, or NothingEligibleError where no layer can be converted.
+    """
+    probe = find_probe(model, None) if inputs is None else probe_of_batch(inputs)
+    tensors = {name: (tuple(tensor.shape), tensor.element_size()) for name, tensor in own_tensors(model).items()}
+    return make_plan(walk(model, probe), _policy(policy), route=route, seed=seed, tensors=tensors)
+
+
+def _policy(policy: Policy | Resolved | str | os.PathLike[str] | None) -> Policy | Resolved:
+    match policy:
+        case Policy() | Resolved():
+            return policy
+        case None:
+            return load_policy()
+        case str() if not Path(policy).suffix:
+            return load_policy(preset=policy)
+        case _:
+            return load_policy(Path(policy))
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """A folded copy: scales, temperatures and standardisation in the weights, all-static layers plain again."""
+    return fold_(copy.deepcopy(model))
+
+
+def save(
+    model: nn.Module, path: str | os.PathLike[str], *, inputs: Inputs | None = None, force: bool = False
+) -> WrittenFile:
+    """Write a converted model in checkpoint format 1; it is folded first (in a copy) if it is not.
+
+    `inputs`, an example batch, lets the file carry a probe that `verify` can hold; without one it is found by trying.
+    A model whose class cannot be described (see `load`) is written all the same, and loaded by `into=`.
+    Raises UsageError where `path` exists without `force`, FileError where it cannot be written.
+    """
+    folded = fold(model).eval()
+    probe = find_probe(folded, None) if inputs is None else probe_of_batch(inputs)
+    architecture, extra = describe(static_twin(folded))
+    trained = not all(experts_are_equal(layer) for layer in pad_layers(folded).values())
+    provenance = provenance_of(
+        source_sha256=None, source_kind="module", device=str(device_of(folded)), seed=0, trained=trained
+    )
+    return save_model(
+        folded,
+        Path(path),
+        architecture=architecture,
+        provenance=provenance,
+        policy={},
+        trained=trained,
+        probe=probe,
+        extra_tensors=extra,
+        force=force,
+    )

@@ -1,0 +1,257 @@
+"""What a file holds: of a source every layer and what the policy would do with it, of an artefact what was done."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from padconvert.account import layer_results
+from padconvert.checkpoint.header import Header, read_header
+from padconvert.checkpoint.layout import all_expected
+from padconvert.checkpoint.manifest import LayerEntry, Manifest
+from padconvert.checkpoint.read import is_artefact, read_checkpoint
+from padconvert.errors import NothingEligibleError
+from padconvert.load import Source, open_source
+from padconvert.options import ConvertOptions
+from padconvert.plan import ITEMSIZE, Plan, TensorSizes, make_plan
+from padconvert.plan.decide import STATIC_ROLES
+from padconvert.results import Holdings, Inspection, LayerResult
+from padconvert.walk import LayerInfo, Walk, walk
+from padconvert.walk.probe import find_probe
+from padconvert.words import Granularity, Kind, Reason, Verdict
+
+#: by the rank of a weight: what a tensor without its architecture most likely is
+RANKS = {2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}
+
+
+def inspect_file(path: str | Path, options: ConvertOptions) -> Inspection:
+    """What is in `path`. Of an artefact and of a safetensors file without --arch only the header is read.
+
+    Raises FileError, UnsafeError and PolicyError as a conversion would; that nothing is eligible is no error here.
+    """
+    path = Path(path)
+    if is_artefact(path):
+        return _of_artefact(path)
+    if options.arch is None and (header := _header(path)) is not None:
+        sizes = {
+            name: (slot.shape, slot.nbytes // max(math.prod(slot.shape), 1)) for name, slot in header.tensors.items()
+        }
+        dtypes = {name: slot.dtype for name, slot in header.tensors.items()}
+        return _of_tensors(path, "safetensors", header.file_size, sizes, dtypes)
+    source = open_source(path, arch=options.arch, arch_args=options.arch_args, trust=options.trust, hash=False)
+    return _of_source(path, source, options)
+
+
+# ---- a source
+
+
+def _of_source(path: Path, source: Source, options: ConvertOptions) -> Inspection:
+    sizes = {name: (tuple(tensor.shape), tensor.element_size()) for name, tensor in source.tensors.items()}
+    if source.module is None:
+        dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in source.tensors.items()}
+        return _of_tensors(path, source.kind, source.bytes, sizes, dtypes, source.notes)
+    shape = None if options.input_shape is None else (1, *options.input_shape)
+    probe = find_probe(source.module, shape)
+    found = walk(source.module, probe)
+    notes = (*source.notes, *found.notes)
+    try:
+        plan = make_plan(found, options.resolve_policy(), route="trained", seed=options.seed, tensors=sizes)
+    except NothingEligibleError as error:
+        layers = tuple(_unplanned(info) for info in found.layers)
+        return Inspection(
+            str(path), source.kind, source.bytes, _unconverted(layers, sizes), layers, (*notes, str(error))
+        )
+    layers = layer_results(plan, None)
+    return Inspection(str(path), source.kind, source.bytes, _predicted(plan, found), layers, (*notes, *plan.notes))
+
+
+def _unplanned(info: LayerInfo) -> LayerResult:
+    """A layer of a source in which nothing may be converted."""
+    if info.eligible:
+        return _layer(info, Verdict.STATIC, STATIC_ROLES.get(info.role, Reason.POLICY_RULE))
+    return _layer(info, Verdict.INELIGIBLE, info.reason)
+
+
+def _layer(info: LayerInfo, verdict: Verdict, reason: Reason) -> LayerResult:
+    return LayerResult(
+        name=info.name,
+        aliases=info.aliases,
+        kind=info.kind,
+        verdict=verdict,
+        reason=reason,
+        detail=info.detail,
+        type=info.type,
+        role=info.role,
+        dtype=info.dtype,
+        weight_shape=info.weight_shape,
+        macs=info.macs,
+    )
+
+
+def _predicted(plan: Plan, found: Walk) -> Holdings:
+    cost = plan.cost
+    entries = {layer.info.name: math.prod(layer.info.weight_shape) for layer in plan.converted}
+    dynamic = sum(entries[layer.info.name] * layer.choice.dynamic_ratio for layer in plan.converted if layer.choice)
+    macs = [info.macs for info in found.layers]
+    return Holdings(
+        layers=len(plan.layers),
+        converted=len(plan.converted),
+        params_source=cost.params_source,
+        params_output=cost.params_output,
+        params_fully_dynamic=cost.params_fully_dynamic,
+        bytes_source=cost.bytes_source,
+        bytes_output=cost.bytes_output,
+        bytes_fully_dynamic=cost.bytes_fully_dynamic,
+        bytes_values=cost.bytes_values,
+        bytes_masks=cost.bytes_masks,
+        bytes_router=cost.bytes_router,
+        dynamic_ratio=float(dynamic / sum(entries.values())) if entries else 0.0,
+        macs_source=sum(count for count in macs if count is not None) if any(macs) else None,
+    )
+
+
+# ---- tensors without an architecture
+
+
+def _header(path: Path) -> Header | None:
+    """The header of a safetensors file; None for a file of another kind."""
+    if path.is_dir():
+        return None
+    with path.open("rb") as file:
+        start = file.read(9)
+    return read_header(path) if start[8:] == b"{" else None
+
+
+def _of_tensors(
+    path: Path, kind: str, size: int, sizes: TensorSizes, dtypes: Mapping[str, str], notes: tuple[str, ...] = ()
+) -> Inspection:
+    """Every weight that looks like a layer's, as kind `unknown`: only the architecture tells what it is."""
+    layers = tuple(_unknown(name, shape, dtypes[name]) for name, (shape, _) in sizes.items() if _is_weight(name, shape))
+    told = "name the architecture with --arch PKG.MOD:FACTORY to see what can be converted"
+    return Inspection(str(path), kind, size, _unconverted(layers, sizes), layers, (*notes, told))
+
+
+def _is_weight(name: str, shape: tuple[int, ...]) -> bool:
+    return name.rpartition(".")[2] == "weight" and len(shape) in RANKS
+
+
+def _unknown(name: str, shape: tuple[int, ...], dtype: str) -> LayerResult:
+    return LayerResult(
+        name=name.rpartition(".")[0],
+        aliases=(),
+        kind=Kind.UNKNOWN.value,
+        verdict=Verdict.INELIGIBLE,
+        reason=Reason.NO_ARCHITECTURE,
+        detail=f"a {RANKS[len(shape)]}, going by its shape",
+        dtype=dtype,
+        weight_shape=shape,
+    )
+
+
+def _unconverted(layers: tuple[LayerResult, ...], sizes: TensorSizes) -> Holdings:
+    """Totals of a source of which nothing would be converted."""
+    numbers = sum(math.prod(shape) for shape, _ in sizes.values())
+    size = sum(math.prod(shape) * itemsize for shape, itemsize in sizes.values())
+    return Holdings(len(layers), 0, numbers, None, None, size, None, None)
+
+
+# ---- an artefact
+
+
+def _of_artefact(path: Path) -> Inspection:
+    checkpoint = read_checkpoint(path)
+    manifest, header = checkpoint.manifest, checkpoint.header
+    origin = manifest.provenance
+    provenance: dict[str, object] = {
+        "written by": f"padconvert {manifest.padconvert}",
+        "source": f"{origin.source_kind}, sha256 {origin.source_sha256}",
+        "route": origin.route,
+        "seed": origin.seed,
+        "device": f"{origin.device}, {origin.threads} threads",
+        "versions": ", ".join(f"{name} {version}" for name, version in origin.versions.items()),
+    }
+    return Inspection(
+        path=str(path),
+        kind="artefact",
+        bytes=header.file_size,
+        totals=_held(manifest, header),
+        layers=tuple(_stored(entry) for entry in manifest.layers),
+        trained=manifest.trained,
+        provenance=provenance,
+    )
+
+
+def _stored(entry: LayerEntry) -> LayerResult:
+    facts = entry.facts
+    entries, dynamic = math.prod(facts.weight_shape), _dynamic_entries(entry)
+    return LayerResult(
+        name=entry.name,
+        aliases=entry.aliases,
+        kind=facts.kind.value,
+        verdict=Verdict.CONVERT,
+        reason=Reason.ALREADY_DYNAMIC,
+        granularity=facts.granularity.value,
+        num_experts=facts.num_experts,
+        dynamic_ratio=dynamic / entries,
+        n_static=entries - dynamic,
+        n_dynamic=dynamic,
+        detail="its experts are still equal" if entry.equal_experts else "",
+        dtype=facts.dtype,
+        weight_shape=facts.weight_shape,
+    )
+
+
+def _held(manifest: Manifest, header: Header) -> Holdings:
+    """Counts from the header; the source and the fully dynamic network follow from the layers' shapes."""
+    parts = Counter[str]()
+    numbers = Counter[str]()
+    expected = all_expected(manifest)
+    for name, slot in header.tensors.items():
+        part = _part_of(name, expected)
+        parts[part] += slot.nbytes
+        numbers[part] += math.prod(slot.shape)
+    dense = {entry.name: _dense(entry) for entry in manifest.layers}
+    itemsize = {entry.name: ITEMSIZE[entry.facts.dtype] for entry in manifest.layers}
+    copies = {entry.name: entry.facts.num_experts - 1 for entry in manifest.layers}
+    weights = sum(math.prod(entry.facts.weight_shape) for entry in manifest.layers)
+    dynamic = sum(_dynamic_entries(entry) for entry in manifest.layers)
+    source = numbers["untouched"] + sum(dense.values())
+    source_bytes = parts["untouched"] + sum(dense[name] * itemsize[name] for name in dense)
+    return Holdings(
+        layers=len(manifest.layers),
+        converted=len(manifest.layers),
+        params_source=source,
+        params_output=sum(numbers.values()) - numbers["masks"],
+        params_fully_dynamic=source + sum(dense[name] * copies[name] for name in dense) + numbers["router"],
+        bytes_source=source_bytes,
+        bytes_output=header.file_size,
+        bytes_fully_dynamic=source_bytes
+        + sum(dense[name] * copies[name] * itemsize[name] for name in dense)
+        + parts["router"],
+        bytes_values=parts["values"],
+        bytes_masks=parts["masks"],
+        bytes_router=parts["router"],
+        bytes_header=header.data_start,
+        dynamic_ratio=dynamic / weights if weights else 0.0,
+    )
+
+
+def _part_of(name: str, expected: Collection[str]) -> str:
+    """What a stored tensor is: "values", "masks" or "router" of a converted layer, else "untouched"."""
+    if name not in expected:
+        return "untouched"
+    if ".router." in f".{name}":
+        return "router"
+    return "masks" if name.endswith(("_bitmask", "_index")) else "values"
+
+
+def _dense(entry: LayerEntry) -> int:
+    return math.prod(entry.facts.weight_shape) + entry.facts.has_bias * entry.facts.weight_shape[0]
+
+
+def _dynamic_entries(entry: LayerEntry) -> int:
+    facts = entry.facts
+    by_row = facts.granularity is Granularity.CHANNEL
+    return facts.n_dynamic * (math.prod(facts.weight_shape[1:]) if by_row else 1)
