@@ -226,7 +226,7 @@ def _held(manifest: Manifest, header: Header) -> Holdings:
         params_output=sum(numbers.values()) - numbers["masks"],
         params_fully_dynamic=source + sum(dense[name] * copies[name] for name in dense) + numbers["router"],
         bytes_source=source_bytes,
-        bytes_output=header.file_size,
+        bytes_output=header.file_size - header.data_start,
         bytes_fully_dynamic=source_bytes
         + sum(dense[name] * copies[name] * itemsize[name] for name in dense)
         + parts["router"],

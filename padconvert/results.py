@@ -136,7 +136,8 @@ class Verification:
 class Holdings:
     """What a file holds. Of a source, the `_output` and `_fully_dynamic` numbers are what the policy would make.
 
-    `params` counts every tensor once. Predicted bytes leave the header out; they are None where nothing is known.
+    `params` counts every tensor once. Bytes are those of tensors, without `bytes_header`; they are None where nothing
+    is known.
     """
 
     layers: int

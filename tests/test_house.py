@@ -31,12 +31,10 @@ ORDER = [
     ["finetune"],
     ["fold"],
     ["checkpoint"],
-    ["account"],
     ["export", "hf"],
     ["load"],
     ["account"],
     ["verify", "bench", "inspection", "doctor"],
-    ["neighbours", "seal", "surroundings"],
     ["neighbours", "seal"],
     ["convert", "api"],
     ["report"],
@@ -192,3 +190,12 @@ def test_policy_check_imports_no_torch(tmp_path: Path) -> None:
         f"from padconvert.__main__ import main; assert main(['policy', 'check', {str(policy)!r}]) == 0"
     )
     assert not loaded & {"torch", "numpy"}
+
+
+def test_reading_a_manifest_needs_no_torch() -> None:
+    """So that `inspect` of an artefact can start at once."""
+    code = (
+        "import sys; import padconvert.checkpoint.manifest, padconvert.checkpoint.header; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

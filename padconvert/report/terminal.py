@@ -117,13 +117,13 @@ def _metric_rows(table: Table, metrics: Comparison, control: bool) -> None:
 def _parts(totals: Totals) -> Text:
     """What the bytes of the output are made of."""
     known = {
-        "converted values": totals.bytes_values,
+        "values": totals.bytes_values,
         "bitmasks": totals.bytes_masks,
         "routers": totals.bytes_router,
         "header": totals.bytes_header,
     }
     rest = totals.bytes_output - sum(known.values())
-    parts = {**known, "untouched": rest} if rest > 0 else known
+    parts = {**known, "untouched layers": rest} if rest > 0 else known
     line = Text("the file: ", style="dim")
     line.append(" · ".join(f"{name} {numbers.size(count)}" for name, count in parts.items() if count), style="dim")
     line.append(f"\n{numbers.share(totals.dynamic_ratio)} of the converted layers' weights are dynamic", style="dim")
@@ -189,7 +189,7 @@ def _holdings(result: Inspection) -> Table:
     table.add_column("")
     for name in known:
         table.add_column(name, justify="right", no_wrap=True)
-    for label, values, said in (("parameters", params, "{:,}".format), ("bytes", sizes, numbers.size)):
+    for label, values, said in (("parameters", params, "{:,}".format), ("tensor bytes", sizes, numbers.size)):
         table.add_row(label, *[said(value) for value in values])
         if len(known) > 1:
             table.add_row("", *[numbers.times(value, values[0]) for value in values])
