@@ -13,7 +13,8 @@ from padconvert.checkpoint.layout import expected_tensors, join
 from padconvert.checkpoint.manifest import LayerEntry
 from padconvert.checkpoint.read import Checkpoint, read_checkpoint
 from padconvert.errors import FileError
-from padconvert.layers import PadLayer, build_layer
+from padconvert.layers.build import build_layer
+from padconvert.layers.pad import PadLayer
 from padconvert.load import rebuild
 from padconvert.rewrite import swap_
 

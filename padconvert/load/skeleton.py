@@ -23,7 +23,7 @@ from padconvert.load.build import build
 from padconvert.load.machine import parse
 from padconvert.load.names import check_names, check_trust
 from padconvert.load.nodes import ObjectNode, Table, TableNode, TensorNode, Value, walk
-from padconvert.load.skeleton_json import TensorSpec, decode, encode
+from padconvert.load.skeleton_json import TensorSpec, decode, encode, keeps_stride
 from padconvert.load.storages import torch_dtype
 
 _WHERE = "the module"
@@ -109,7 +109,8 @@ def _specs(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, TensorS
     bases: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in zip(names, tensors, strict=True):
         plain = tensor.detach()
-        stride = None if plain.is_contiguous() or not _is_dense(plain) else tuple(plain.stride())
+        kept = not plain.is_contiguous() and keeps_stride(tuple(plain.shape), plain.stride())
+        stride = tuple(plain.stride()) if kept else None
         base: tuple[str, int] | None = None
         pointer = 0 if plain.is_meta else plain.untyped_storage().data_ptr()
         if pointer and pointer in bases:
@@ -128,13 +129,6 @@ def _view_of(view: Tensor, name: str, base: Tensor) -> tuple[str, int] | None:
     last = offset + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
     inside = view.dtype == base.dtype and view.numel() > 0 and offset >= 0 and last < base.numel()
     return (name, offset) if inside else None
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the entries fill their stretch of memory, only in another order (as channels_last does)."""
-    if tensor.numel() == 0:
-        return False
-    return sum((s - 1) * d for s, d in zip(tensor.shape, tensor.stride(), strict=True)) + 1 == tensor.numel()
 
 
 def _make_stable_(root: Value, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
@@ -198,7 +192,7 @@ def _given(spec: TensorSpec, tensors: Mapping[str, Tensor], missing_ok: Collecti
     if tuple(tensor.shape) != spec.shape or tensor.dtype != torch_dtype(spec.dtype):
         found = f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
         raise FileError(f"{where} needs '{spec.name}' as {spec.dtype} {list(spec.shape)}, but it is {found}.")
-    if spec.base is None and spec.stride is not None and tensor.stride() != spec.stride:
+    if spec.stride is not None and tensor.stride() != spec.stride and keeps_stride(spec.shape, spec.stride):
         tensor = torch.empty_strided(spec.shape, spec.stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
     return tensor
 

@@ -29,6 +29,7 @@ from padconvert.load.reductions import DTYPE_BYTES
 
 VERSION = 1
 _MAX_COUNT = 1 << 48
+_GAPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,19 @@ class TensorSpec:
     shape: tuple[int, ...]
     stride: tuple[int, ...] | None = None
     base: tuple[str, int] | None = None
+
+
+def keeps_stride(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether a tensor is laid out again as it was: no two entries in one place, and few gaps between them.
+
+    The layout decides the order in which torch adds up, and so the last bits of a result.
+    """
+    extent = 1
+    for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size != 1):
+        if step < extent:
+            return False
+        extent += (size - 1) * step
+    return 0 < extent <= _GAPS * math.prod(shape)
 
 
 # encoding
