@@ -10,7 +10,7 @@ from torch import nn
 from padconvert.checkpoint.layout import expected_tensors
 from padconvert.checkpoint.read import Checkpoint
 from padconvert.errors import VerificationError
-from padconvert.layers import PadLayer
+from padconvert.layers.pad import PadLayer
 from padconvert.plan import LayerPlan, Plan, TensorSizes
 from padconvert.plan.cost import cost_of
 from padconvert.results import LayerResult, Metrics, Totals

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from padconvert.layers import PadLayer, build_static
+from padconvert.layers.build import build_static
+from padconvert.layers.pad import PadLayer
 from padconvert.rewrite import names_of, pad_layers, swap_
 
 

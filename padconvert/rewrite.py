@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from padconvert.errors import PolicyError
-from padconvert.layers import PadLayer, upcycle
+from padconvert.layers.build import upcycle
+from padconvert.layers.pad import PadLayer
 from padconvert.plan import LayerPlan, Plan
 from padconvert.words import Verdict
 

@@ -18,7 +18,7 @@ from padconvert.checkpoint.read import Checkpoint, read_checkpoint
 from padconvert.errors import FileError, VerificationError
 from padconvert.finetune.data.sources import open_eval
 from padconvert.finetune.evaluate import evaluate
-from padconvert.layers import PadLayer
+from padconvert.layers.pad import PadLayer
 from padconvert.load import open_source
 from padconvert.load.artefact import load_checkpoint
 from padconvert.load.factory import architecture_of, build_factory

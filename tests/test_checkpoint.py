@@ -40,7 +40,7 @@ from padconvert.checkpoint.read import Checkpoint, is_artefact, read_checkpoint
 from padconvert.checkpoint.tensor_bytes import view_bytes
 from padconvert.checkpoint.write import write_checkpoint
 from padconvert.errors import FileError, PadconvertError
-from padconvert.layers import build_layer
+from padconvert.layers.build import build_layer
 from padconvert.layers.packed import assemble, pack_bits
 from padconvert.layers.pad import PadLayer
 from padconvert.words import Granularity, Kind

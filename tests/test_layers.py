@@ -11,13 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from padconvert.layers import PadConv1d, PadConv2d, PadLayer, PadLinear, build_layer, upcycle
-from padconvert.layers.build import Static
+from padconvert.layers.build import Static, build_layer, upcycle
+from padconvert.layers.conv import PadConv1d, PadConv2d
+from padconvert.layers.linear import PadLinear
 from padconvert.layers.packed import pack_bits, unpack_bits
+from padconvert.layers.pad import PadLayer
 from padconvert.layers.routers import router_class, tensor_shapes
 from padconvert.words import Granularity, Routing
 
 DOUBLE = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 CONVOLUTIONS = {
     "strided_groups": (lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2, dtype=DOUBLE), (6, 9, 9)),
     "same_circular": (

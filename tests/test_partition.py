@@ -15,7 +15,8 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from padconvert.errors import VerificationError
-from padconvert.layers import PadLayer, upcycle
+from padconvert.layers.build import upcycle
+from padconvert.layers.pad import PadLayer
 from padconvert.partition.evidence import measure
 from padconvert.partition.partitioner import Partitioner
 from padconvert.partition.ranking import keep_across_layers, keep_in_layer

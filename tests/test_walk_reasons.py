@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from padconvert.layers import upcycle
+from padconvert.layers.build import upcycle
 from padconvert.walk import LayerInfo, Walk, walk
 from padconvert.walk.probe import InputSpec, ProbeSpec
 from padconvert.words import Granularity, Reason, Routing

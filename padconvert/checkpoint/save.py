@@ -15,7 +15,7 @@ from padconvert.checkpoint.layout import join
 from padconvert.checkpoint.manifest import LayerEntry, Manifest, ProbeInput, ProbeRecord, Provenance
 from padconvert.checkpoint.probe_record import record_outputs
 from padconvert.checkpoint.write import WrittenFile, write_checkpoint
-from padconvert.layers import PadLayer
+from padconvert.layers.pad import PadLayer
 from padconvert.rewrite import names_of, pad_layers
 from padconvert.walk.probe import ProbeSpec, call, flat_outputs
 from padconvert.walk.quiet import device_of, untouched

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from padconvert.layers import Moved
+from padconvert.layers.pad import Moved
 from padconvert.rewrite import pad_layers
 
 

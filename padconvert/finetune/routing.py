@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from padconvert.layers import PadLayer
+from padconvert.layers.pad import PadLayer
 
 #: pooled inputs kept for one layer; k-means gains nothing from more
 MOST_POINTS = 4096

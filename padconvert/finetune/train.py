@@ -19,7 +19,7 @@ from padconvert.finetune.loop import Setting, finetune_, routing_forwards, start
 from padconvert.finetune.objectives import Objective, class_axis, dtype_of, forward, logits_of
 from padconvert.finetune.resume import WorkDir
 from padconvert.finetune.routing import set_routers_
-from padconvert.layers import PadLayer
+from padconvert.layers.pad import PadLayer
 from padconvert.partition import Partitioner
 from padconvert.policy import Policy
 from padconvert.progress import Progress

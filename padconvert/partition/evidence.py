@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from padconvert.errors import VerificationError
-from padconvert.layers import PadLayer
+from padconvert.layers.pad import PadLayer
 from padconvert.partition.scores import Evidence, Need, Score
 from padconvert.words import Granularity
 

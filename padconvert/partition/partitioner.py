@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from padconvert.errors import VerificationError
-from padconvert.layers import Moved, PadLayer
+from padconvert.layers.pad import Moved, PadLayer
 from padconvert.partition.evidence import Loss, Part, measure
 from padconvert.partition.ranking import keep_across_layers, keep_in_layer
 from padconvert.partition.schedule import count_at, ratio_at
