@@ -29,7 +29,7 @@ from padconvert.precision import HALF, upcast_
 from padconvert.results import Check, Equality, Verification
 from padconvert.rewrite import pad_layers
 from padconvert.walk.probe import InputSpec, ProbeSpec, call, flat_outputs
-from padconvert.walk.quiet import device_of, untouched
+from padconvert.walk.quiet import device_of, evaluating, untouched
 
 #: max|Δ| / max|y| that a function-preserving rewrite may show; half precision is checked upcast to fp32
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -78,7 +78,7 @@ def equality_by_forward(source: nn.Module, model: nn.Module, calls: Sequence[Cal
     called: set[str] = set()
     max_abs = max_rel = 0.0
     samples = 0
-    with _evaluating(source), _evaluating(model), _watching(pad_layers(model), called), torch.no_grad():
+    with evaluating(source), evaluating(model), _watching(pad_layers(model), called), torch.no_grad():
         for args, kwargs in calls:
             expected = flat_outputs(call(source, args, kwargs))
             found = flat_outputs(call(model, args, kwargs))
@@ -144,17 +144,6 @@ def _watching(layers: Mapping[str, PadLayer], called: set[str]) -> Iterator[None
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _float_dtype(model: nn.Module) -> torch.dtype:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +10,7 @@ from padconvert.finetune.data.examples import Batch, Examples
 from padconvert.finetune.data.labels import IGNORED
 from padconvert.finetune.metrics import metrics_for
 from padconvert.finetune.objectives import class_axis, dtype_of, fitted, forward, logits_of, task_loss
+from padconvert.walk.quiet import evaluating
 
 
 def evaluate(
@@ -28,7 +26,7 @@ def evaluate(
     the examples have no labels. Raises `VerificationError` for outputs that are not finite, `FileError` for labels
     that do not fit the model or are all ignored, `PolicyError` for a metric that does not apply.
     """
-    with _judged(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         first = examples.batch(torch.zeros(1, dtype=torch.int64)).labels
         if first is None:
             return {}
@@ -63,15 +61,3 @@ def _judge(model: nn.Module, batch: Batch, start: int) -> tuple[float, Tensor, T
     labels = batch.labels.flatten()
     used = labels != IGNORED
     return loss, predicted[used], labels[used]
-
-
-@contextmanager
-def _judged(model: nn.Module) -> Iterator[None]:
-    """Eval mode within; afterwards every module is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from padconvert.layers.pad import PadLayer
+from padconvert.walk.quiet import evaluating
 
 #: pooled inputs kept for one layer; k-means gains nothing from more
 MOST_POINTS = 4096
@@ -24,17 +25,13 @@ def set_routers_(
     """
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     hooks = [layer.register_forward_pre_hook(_watch(seen[name])) for name, layer in layers.items()]
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for forward in forwards:
                 forward()
     finally:
         for hook in hooks:
             hook.remove()
-        for module in training:
-            module.training = True
     for index, (name, layer) in enumerate(layers.items()):
         points_NC = torch.cat(seen[name])[:MOST_POINTS] if seen[name] else torch.empty(0)
         if len(points_NC) >= layer.num_experts:

@@ -7,7 +7,6 @@ micro-batches are computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Generator, Tensor, nn
 from padconvert.errors import VerificationError
 from padconvert.layers.pad import PadLayer
 from padconvert.partition.scores import Evidence, Need, Score
+from padconvert.walk.quiet import evaluating
 from padconvert.words import Granularity
 
 Loss = Callable[[], Tensor]
@@ -40,7 +40,7 @@ def measure(
 
     Raises VerificationError naming the layer where a score is not finite.
     """
-    with _evaluating(model):
+    with evaluating(model):  # BatchNorm in train mode would mix the samples of a micro-batch
         mean_routing = _mean_routing(layers, losses)
         totals: dict[Part, Tensor] = {}
         count = 0
@@ -58,18 +58,6 @@ def measure(
                 "or look for extreme values in the data."
             )
     return scores, mean_routing
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the time of scoring: BatchNorm in train mode would mix the samples of a micro-batch."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _mean_routing(layers: Mapping[str, PadLayer], losses: Sequence[Loss]) -> dict[str, Tensor]:
