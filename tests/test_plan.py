@@ -25,7 +25,6 @@ from padconvert.plan import (
     plan_from_json,
     plan_to_json,
 )
-from padconvert.plan.cost import ROUTER_NUMBERS
 from padconvert.policy import Resolved, load_policy, router_names
 from padconvert.walk.info import LayerInfo, Walk
 from padconvert.words import Granularity, Kind, Reason, Role, Routing, Verdict
@@ -355,13 +354,6 @@ def test_data_free_experts_are_stored_once() -> None:
     assert plan.cost.bytes_masks == 288 + 2 + 576 + 8 + 2
     assert plan.cost.params_output - plan.cost.params_source == plan.cost.bytes_router // 4
     assert plan.cost.bytes_fully_dynamic == planned().cost.bytes_fully_dynamic
-
-
-def test_router_numbers_are_the_routers_own() -> None:
-    assert set(ROUTER_NUMBERS) == set(router_names())
-    for name, numbers in ROUTER_NUMBERS.items():
-        for channels, experts in ((1, 2), (3, 4), (64, 5)):
-            assert numbers(channels, experts) == sum(map(math.prod, tensor_shapes(name, channels, experts).values()))
 
 
 # ---- the file, and words ---------------------------------------------------------------------------------------

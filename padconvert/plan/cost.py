@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
-from padconvert.errors import PolicyError
 from padconvert.plan.count import exact_count, n_biases, n_entries, unit_size
 from padconvert.plan.model import Cost, LayerPlan, Pool, Route
 from padconvert.words import Granularity
@@ -18,19 +17,6 @@ TensorSizes = Mapping[str, tuple[tuple[int, ...], int]]
 ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 INDEX_BYTES = 4  # int32
 ROUTER_BYTES = 4  # fp32 whatever the layer's dtype
-
-
-def _linear_router(channels: int, experts: int) -> int:
-    return experts * channels + experts
-
-
-def _mlp_router(channels: int, experts: int) -> int:
-    hidden = max(4, channels // 4)
-    return hidden * channels + hidden + experts * hidden + experts
-
-
-#: numbers a folded router stores; a test holds them against the routers' own shapes
-ROUTER_NUMBERS: dict[str, Callable[[int, int], int]] = {"linear": _linear_router, "mlp": _mlp_router}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +104,7 @@ def _bias_mask_bytes(layer: LayerPlan, dynamic: int) -> int:
 
 
 def _router_numbers(router: str, channels: int, experts: int) -> int:
-    if router not in ROUTER_NUMBERS:
-        raise PolicyError(f"router {router!r}: its size is not known to the plan (padconvert/plan/cost.py)")
-    return ROUTER_NUMBERS[router](channels, experts)
+    """Numbers that a folded router stores, as the router's own file says."""
+    from padconvert.layers.routers import tensor_shapes  # torch comes along
+
+    return sum(math.prod(shape) for shape in tensor_shapes(router, channels, experts).values())
