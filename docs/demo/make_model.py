@@ -37,8 +37,8 @@ def second_sensor(images: Images) -> Images:
     """Inverted, then blurred with a 3×3 binomial kernel. [N, 1, 8, 8] in and out, values 0 to 1."""
     padded = np.pad(1 - images, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
     rows = (padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]) / 4
-    blurred: Images = (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 4
-    return blurred
+    blurred = (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 4
+    return blurred.astype(np.float32)
 
 
 def seen_by_both(images: Images, labels: NDArray[np.int64]) -> Examples:
