@@ -24,7 +24,7 @@ from padconvert.progress import Progress, Silent
 from padconvert.results import Conversion, Equality, OutputFile, SourceFile
 from padconvert.seal import Seal
 from padconvert.surroundings import Clock, resumable, settled
-from padconvert.verify import equality
+from padconvert.verify import calls_on, equality
 from padconvert.walk import walk
 from padconvert.walk.info import Walk
 from padconvert.walk.probe import ProbeSpec, find_probe, probe_of_batch
@@ -61,7 +61,8 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
 
         progress.stage("rewrite")
         model = opened.dynamic_copy(plan)
-        equal = equality(opened.module, model, probe)
+        seen = [] if data is None else calls_on(data.eval or data.train, opened.module)
+        equal = equality(opened.module, model, probe, seen)
         if not equal.passed:
             raise VerificationError(_unequal(equal))
         clock.lap("rewrite")

@@ -16,8 +16,10 @@ from padconvert.checkpoint.manifest import ProbeRecord
 from padconvert.checkpoint.probe_record import compare_outputs
 from padconvert.checkpoint.read import Checkpoint, read_checkpoint
 from padconvert.errors import FileError, VerificationError
+from padconvert.finetune.data.examples import Examples
 from padconvert.finetune.data.sources import open_eval
 from padconvert.finetune.evaluate import evaluate
+from padconvert.finetune.objectives import dtype_of
 from padconvert.layers.pad import PadLayer
 from padconvert.load import open_source
 from padconvert.load.artefact import load_checkpoint
@@ -34,6 +36,9 @@ from padconvert.walk.quiet import device_of, evaluating, untouched
 #: max|Δ| / max|y| that a function-preserving rewrite may show; half precision is checked upcast to fp32
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 PROBE_SAMPLES = 8
+#: examples of the evaluation data that the first promise is held on, and how many of them are run at once
+EQUALITY_SAMPLES = 256
+EQUALITY_BATCH = 64
 EVALUATION_BATCH = 256
 
 #: of an output recorded before, on another machine or thread count perhaps
@@ -51,6 +56,13 @@ def equality(source: nn.Module, model: nn.Module, probe: ProbeSpec | None, batch
     if not calls or not _callable(source, calls[0]):
         return equality_by_weights(source, model)
     return equality_by_forward(source, model, calls)
+
+
+def calls_on(examples: Examples, model: nn.Module) -> list[Call]:
+    """The first examples as calls of `model`, in its dtype and on its device: `batches` for `equality`."""
+    numbers = torch.arange(min(EQUALITY_SAMPLES, len(examples))).split(EQUALITY_BATCH)
+    found = [examples.batch(each).to(device_of(model), dtype_of(model)).inputs for each in numbers]
+    return [((inputs,), {}) if isinstance(inputs, Tensor) else ((), inputs) for inputs in found]
 
 
 def runs(model: nn.Module, probe: ProbeSpec) -> bool:
