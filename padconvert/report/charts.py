@@ -43,7 +43,7 @@ def _sizes(result: Conversion) -> str:
 def _metric(result: Conversion) -> str:
     metrics = result.metrics
     assert metrics is not None
-    name = next(iter(metrics.output))
+    name = min(metrics.output, key=lambda name: name == "loss")  # the loss has a chart of its own
     every = {
         "static source": metrics.source,
         "static, same training": metrics.static,

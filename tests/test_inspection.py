@@ -1,0 +1,119 @@
+"""`inspect`: verdicts of a source, the header alone of tensors, exact counts of an artefact."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import padconvert
+from padconvert.inspection import inspect_file
+from padconvert.options import ConvertOptions
+from padconvert.report.json_document import text
+from padconvert.results import Inspection
+from padconvert.words import Reason, Verdict
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3), nn.ConvTranspose2d(6, 6, 3), nn.Flatten(), nn.Linear(6 * 36, 2)
+    )
+
+
+@pytest.fixture
+def source(in_tmp: Path) -> Path:
+    path = in_tmp / "model.pt"
+    torch.save(network(), path)
+    return path
+
+
+def inspected(path: Path, **options: object) -> Inspection:
+    return inspect_file(path, ConvertOptions(**options))  # type: ignore[arg-type]
+
+
+def test_a_source_lists_every_layer_with_its_reason_and_what_would_be_made(source: Path) -> None:
+    found = inspected(source, input_shape=(1, 8, 8), sets=("partition.scope=layer",))
+    assert [(layer.name, layer.verdict, layer.reason) for layer in found.layers] == [
+        ("0", Verdict.STATIC, Reason.STEM_STATIC),
+        ("1", Verdict.CONVERT, Reason.POLICY_DEFAULT),
+        ("2", Verdict.INELIGIBLE, Reason.TRANSPOSED_CONVOLUTION),
+        ("4", Verdict.STATIC, Reason.HEAD_STATIC),
+    ]
+    entries = 6 * 4 * 9
+    layer = found.layers[1]
+    assert (layer.weight_shape, layer.n_dynamic, layer.n_static) == ((6, 4, 3, 3), 65, entries - 65)  # ⌊0.3·216 + ½⌋
+    numbers = sum(parameter.numel() for parameter in network().parameters())
+    router, bias_dynamic = 4 * 4 + 4, 2
+    assert found.totals.params_source == numbers
+    assert found.totals.params_output == numbers + 3 * (65 + bias_dynamic) + router
+    assert found.totals.params_fully_dynamic == numbers + 3 * (entries + 6) + router
+    assert (found.totals.layers, found.totals.converted, found.trained) == (4, 1, None)
+
+
+def test_nothing_eligible_is_a_finding_and_no_error(in_tmp: Path) -> None:
+    torch.save(nn.Sequential(nn.ConvTranspose2d(2, 2, 3)), in_tmp / "up.pt")
+    found = inspected(in_tmp / "up.pt")
+    assert [layer.reason for layer in found.layers] == [Reason.TRANSPOSED_CONVOLUTION]
+    assert found.totals.params_output is None
+
+
+def test_tensors_alone_are_listed_as_unknown(in_tmp: Path) -> None:
+    save_file(network().state_dict(), in_tmp / "weights.any")
+    torch.save(network().state_dict(), in_tmp / "weights.pt")
+    for name in ("weights.any", "weights.pt"):
+        found = inspected(in_tmp / name)
+        assert [layer.name for layer in found.layers] == ["0", "1", "2", "4"]
+        assert {(layer.kind, layer.reason) for layer in found.layers} == {("unknown", Reason.NO_ARCHITECTURE)}
+        assert found.totals.params_source == sum(value.numel() for value in network().state_dict().values())
+
+
+def test_of_a_huge_safetensors_file_only_the_header_is_read(in_tmp: Path) -> None:
+    """12 GB of holes: reading them would take far longer than a second, and more memory than there is."""
+    rows = 3_000_000
+    header = {"big.weight": {"dtype": "F32", "shape": [rows, 1000], "data_offsets": [0, rows * 4000]}}
+    written = json.dumps(header).encode()
+    written += b" " * (-len(written) % 8)
+    path = in_tmp / "huge.safetensors"
+    path.write_bytes(len(written).to_bytes(8, "little") + written)
+    os.truncate(path, 8 + len(written) + rows * 4000)
+    start = time.perf_counter()
+    found = inspected(path)
+    assert time.perf_counter() - start < 1
+    assert found.totals.bytes_source == rows * 4000
+    assert found.layers[0].weight_shape == (rows, 1000)
+
+
+@pytest.mark.parametrize("granularity", ["element", "channel"])
+def test_an_artefact_says_what_it_holds(source: Path, granularity: str) -> None:
+    result = padconvert.convert(source, ConvertOptions(dynamic_ratio=0.5, granularity=granularity))
+    assert result.output is not None
+    found = inspected(Path(result.output.path))
+    (layer,) = found.layers
+    assert (layer.name, layer.granularity, layer.num_experts) == ("1", granularity, 4)
+    assert (layer.n_static, layer.n_dynamic, layer.dynamic_ratio) == (108, 108, 0.5)
+    assert found.trained is False
+    totals = found.totals
+    assert totals.bytes_output is not None
+    assert totals.bytes_header is not None
+    assert totals.bytes_output + totals.bytes_header == os.path.getsize(result.output.path) == found.bytes
+    assert totals.params_source == sum(parameter.numel() for parameter in network().parameters())
+    assert totals.params_source == result.totals.params_source
+    assert totals.params_fully_dynamic == result.totals.params_fully_dynamic
+    assert totals.bytes_masks == result.totals.bytes_masks == (27 + 1 if granularity == "element" else 3 * 4)
+    assert totals.bytes_router == result.totals.bytes_router == 4 * (4 * 4 + 4)
+    assert totals.bytes_values == result.totals.bytes_values
+    assert found.provenance is not None
+    assert result.source.sha256 in str(found.provenance["source"])
+
+
+def test_the_document_names_its_schema_and_kind(source: Path) -> None:
+    document = json.loads(text(inspected(source)))
+    assert (document["schema"], document["kind"]) == ("padconvert.inspect/1", "module")
+    assert document["layers"][1]["verdict"] == "convert"
