@@ -240,3 +240,15 @@ def test_a_forged_stride_allocates_nothing(step: int) -> None:
             entry[1]["stride"] = [step, 1]
     found = module_from(skeleton, own_tensors(source))
     assert_same(found, source)
+
+
+def test_empty_tables_are_left_out_and_come_back() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU())
+    document, extra = skeleton_of(model)
+    assert "_forward_hooks" not in json.dumps(document)
+    again = module_from(document, {**model.state_dict(), **extra})
+    for before, after in zip(model.modules(), again.modules(), strict=True):
+        assert set(vars(before)) == set(vars(after))
+        tables = {key: type(value) for key, value in vars(before).items() if key.endswith(("hooks", "_set"))}
+        assert tables == {key: type(getattr(after, key)) for key in tables}
+    assert skeleton_of(again)[0] == document

@@ -28,6 +28,25 @@ from padconvert.load.nodes import (
 from padconvert.load.reductions import DTYPE_BYTES
 
 VERSION = 1
+#: what nearly every module has empty; left out of the document as long as it is
+_EMPTY: dict[str, Table | Series | None] = {
+    "_parameters": Table.DICT,
+    "_buffers": Table.DICT,
+    "_non_persistent_buffers_set": Series.SET,
+    "_backward_pre_hooks": Table.ORDERED,
+    "_backward_hooks": Table.ORDERED,
+    "_is_full_backward_hook": None,
+    "_forward_hooks": Table.ORDERED,
+    "_forward_hooks_with_kwargs": Table.ORDERED,
+    "_forward_hooks_always_called": Table.ORDERED,
+    "_forward_pre_hooks": Table.ORDERED,
+    "_forward_pre_hooks_with_kwargs": Table.ORDERED,
+    "_state_dict_hooks": Table.ORDERED,
+    "_state_dict_pre_hooks": Table.ORDERED,
+    "_load_state_dict_pre_hooks": Table.ORDERED,
+    "_load_state_dict_post_hooks": Table.ORDERED,
+    "_modules": Table.DICT,
+}
 _MAX_COUNT = 1 << 48
 _GAPS = 4
 
@@ -75,6 +94,7 @@ class _Encoder:
         self.numbers: dict[object, int] = {}
         self.waiting: list[Node] = []
         self.objects: list[list[Any]] = []
+        self.modules: set[int] = set()  # ids of the tables that are the state of a module
 
     def value(self, value: Value) -> Any:
         if isinstance(value, Node):
@@ -87,7 +107,12 @@ class _Encoder:
         return _scalar(value)
 
     def pairs(self, table: TableNode) -> list[list[Any]]:
-        return [[self.value(key), self.value(value)] for key, value in table.pairs]
+        short = id(table) in self.modules
+        return [
+            [self.value(key), self.value(value)]
+            for key, value in table.pairs
+            if not (short and _is_left_out(key, value))
+        ]
 
     def entry(self, node: Node) -> list[Any]:
         match node:
@@ -107,6 +132,9 @@ class _Encoder:
                 return ["name", node.module, node.name]
             case MemberNode():
                 return ["member", self.value(node.cls), _scalar(node.key), node.by_name]
+            case ObjectNode(state=TableNode() as state) if _is_module(state):
+                self.modules.add(id(state))
+                return ["module", self.value(node.cls), self.value(state)]
             case ObjectNode():
                 return ["object", self.value(node.cls), self.value(node.state)]
             case TensorNode():
@@ -128,6 +156,33 @@ class _Encoder:
         if node.state is not None:
             entry["state"] = self.value(node.state)
         return entry
+
+
+def _is_module(state: TableNode) -> bool:
+    """Whether a state has all the tables that torch gives a module, so that the empty ones can be left out."""
+    return _EMPTY.keys() <= {key for key, _ in state.pairs if isinstance(key, str)}
+
+
+def _is_left_out(key: Value, value: Value) -> bool:
+    if not isinstance(key, str) or key not in _EMPTY:
+        return False
+    match value:
+        case TableNode(pairs=[], factory=None, state=None):
+            return value.kind is _EMPTY[key]
+        case SeriesNode(items=[]):
+            return value.kind is _EMPTY[key]
+        case _:
+            return value is None and _EMPTY[key] is None
+
+
+def _empty_node(kind: Table | Series | None) -> Value:
+    match kind:
+        case Table():
+            return TableNode(kind, [])
+        case Series():
+            return SeriesNode(kind, [])
+        case None:
+            return None
 
 
 def _scalar(value: Scalar) -> Any:
@@ -163,6 +218,7 @@ def decode(document: object, where: str) -> tuple[Value, list[NameNode], dict[st
         decoder = _Decoder(document)
         for number in range(len(decoder.entries)):
             decoder.fill(number)
+        decoder.complete_modules()
         return decoder.value(_field(document, "root")), decoder.names, decoder.specs
     except _Damaged as error:
         raise FileError(f"{where} is damaged: {error}.") from None
@@ -200,7 +256,7 @@ class _Decoder:
                 return self.name(_text(entry[1]), _text(entry[2]))
             case "member":
                 return MemberNode(NameNode("", ""), _unscalar(entry[2]), bool(entry[3]))
-            case "object":
+            case "object" | "module":
                 return ObjectNode(NameNode("", ""))
             case "tensor":
                 return self.tensor(entry[1])
@@ -248,6 +304,17 @@ class _Decoder:
                 node.state = self.table_at(entry[2])
             case TensorNode():
                 node.state = self.table_at(entry[1].get("state"))
+
+    def complete_modules(self) -> None:
+        """Give every module the empty tables that the document leaves out."""
+        for entry, node in zip(self.entries, self.nodes, strict=True):
+            if entry[0] != "module":
+                continue
+            if not isinstance(node, ObjectNode) or not isinstance(node.state, TableNode):
+                raise _Damaged("a module without a state")
+            there = {key for key, _ in node.state.pairs if isinstance(key, str)}
+            missing = [(name, _empty_node(kind)) for name, kind in _EMPTY.items() if name not in there]
+            node.state.pairs = [*missing, *node.state.pairs]
 
     def pair(self, pair: Any) -> tuple[Value, Value]:
         key, value = _listed(pair)
