@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -67,17 +68,24 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def save(
-    model: nn.Module, path: str | os.PathLike[str], *, inputs: Inputs | None = None, force: bool = False
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    inputs: Inputs | None = None,
+    trust: Sequence[str] = (),
+    force: bool = False,
 ) -> WrittenFile:
     """Write a converted model in checkpoint format 1; it is folded first (in a copy) if it is not.
 
     `inputs`, an example batch, lets the file carry a probe that `verify` can hold; without one it is found by trying.
-    A model whose class cannot be described (see `load`) is written all the same, and loaded by `into=`.
+    `trust` names packages of your own whose classes the file may name, to be rebuilt by a `load` that trusts them
+    too; a model of other classes is written all the same, and loaded by `into=`.
     Raises UsageError where `path` exists without `force`, FileError where it cannot be written.
     """
     folded = fold(model).eval()
+    # before any forward: some models hang hooks on themselves then, which cannot be described
+    architecture, extra = describe(static_twin(folded), trust)
     probe = find_probe(folded, None) if inputs is None else probe_of_batch(inputs)
-    architecture, extra = describe(static_twin(folded))
     trained = not all(experts_are_equal(layer) for layer in pad_layers(folded).values())
     provenance = provenance_of(
         source_sha256=None, source_kind="module", device=str(device_of(folded)), seed=0, trained=trained
