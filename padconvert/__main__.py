@@ -29,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except PadconvertError as error:
         return _fail(words, error)
+    except SystemExit as error:  # not typer's way out: somebody's code called sys.exit, and the work is not done
+        if isinstance(error.__context__, BrokenPipeError):  # but this one is typer's
+            return BROKEN_PIPE
+        return _fail(words, PadconvertError(f"internal: code that was run called sys.exit({error.code!r})"))
     except Exception as error:
         if os.environ.get("PADCONVERT_DEBUG"):
             raise
@@ -50,6 +54,8 @@ def _deliberate(error: Exception) -> PadconvertError:
         return _usage(error)
     if isinstance(error, OSError) and error.strerror:
         return FileError(f"{error.filename or 'a file'}: {error.strerror}")
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
+        return PadconvertError("there is not enough memory. Take fewer experts, smaller batches, or a larger machine.")
     first_line = (str(error).splitlines() or [""])[0]
     return PadconvertError(
         f"internal: {type(error).__name__}: {first_line} (PADCONVERT_DEBUG=1 shows the traceback; please report it)"
