@@ -188,6 +188,7 @@ def test_the_optimizers_state_follows_a_partition(optimizer: str, granularity: s
         places = [old_units.dynamic.tolist().index(unit) for unit in layer.units("weight").dynamic.tolist()]
         torch.testing.assert_close(made.state[layer.weight_dynamic][key], before[:, places])
         if static_before is not None:
+            assert layer.weight_static is not None
             moved = made.state[layer.weight_static][key]
             known = [unit in old_units.static.tolist() for unit in layer.units("weight").static.tolist()]
             torch.testing.assert_close(moved[torch.tensor(known)], static_before)

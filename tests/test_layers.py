@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from padconvert.layers.conv import PadConv1d, PadConv2d
 from padconvert.layers.linear import PadLinear
 from padconvert.layers.packed import pack_bits, unpack_bits
 from padconvert.layers.pad import PadLayer
-from padconvert.layers.routers import router_class, tensor_shapes
+from padconvert.layers.routers import linear, mlp, router_class, tensor_shapes
 from padconvert.words import Granularity, Routing
 
 DOUBLE = torch.float64
@@ -27,7 +28,7 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-CONVOLUTIONS = {
+CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Conv1d | nn.Conv2d | nn.Conv3d], tuple[int, ...]]] = {
     "strided_groups": (lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2, dtype=DOUBLE), (6, 9, 9)),
     "same_circular": (
         lambda: nn.Conv1d(6, 8, 4, padding="same", dilation=2, padding_mode="circular", dtype=DOUBLE),
@@ -245,13 +246,14 @@ def test_folding_a_router_keeps_its_routing(name: str) -> None:
 
 
 def test_the_mlp_routers_temperature_falls_to_one() -> None:
-    router = router_class("mlp")(6, 4)
+    router = mlp.Router(6, 4)
     router.initialise_(None, torch.Generator().manual_seed(1))
     x = torch.randn(50, 6)
     plain = router(x)
     router.anneal_(0.0, 30.0)
     assert float((router(x) - 0.25).detach().abs().max()) < float((plain - 0.25).detach().abs().max()) / 10
     router.anneal_(0.5, 30.0)
+    assert router.temperature is not None
     assert float(router.temperature) == 15.5
     router.anneal_(1.0, 30.0)
     assert torch.equal(router(x), plain)
@@ -261,7 +263,7 @@ def test_kmeans_routing_separates_clusters_at_the_wanted_sharpness() -> None:
     generator = torch.Generator().manual_seed(0)
     centres = torch.tensor([[0.0, 0], [40, 0], [0, 40], [40, 40]])
     points_NC = (centres[:, None] + torch.randn(4, 100, 2, generator=generator) * 6).flatten(0, 1)
-    router = router_class("linear")(2, 4)
+    router = linear.Router(2, 4)
     router.initialise_(points_NC, generator)
     routing = router(points_NC)
     assert float(routing.detach().amax(-1).mean()) == pytest.approx(0.8, abs=1e-3)
@@ -271,7 +273,7 @@ def test_kmeans_routing_separates_clusters_at_the_wanted_sharpness() -> None:
 
 
 def test_kmeans_of_equal_points_is_no_error() -> None:
-    router = router_class("linear")(3, 4)
+    router = linear.Router(3, 4)
     router.initialise_(torch.ones(10, 3), torch.Generator().manual_seed(0))
     assert torch.allclose(router(torch.ones(1, 3)), torch.full((1, 4), 0.25))
 

@@ -109,11 +109,11 @@ def trained_layer(granularity: Granularity = Granularity.ELEMENT) -> tuple[PadLa
         learned_scales=True,
         generator=generator,
     )
-    pad.routing_layer().initialise_(x, generator)
+    pad.router.initialise_(x, generator)
     optimizer = torch.optim.Adam(pad.parameters(), lr=0.005)
     for _ in range(40):
         optimizer.zero_grad()
-        loss_of(pad, x, target).backward()  # type: ignore[no-untyped-call]
+        loss_of(pad, x, target).backward()
         optimizer.step()
     return pad, x, target
 

@@ -92,7 +92,7 @@ def _step_(run: Run, setting: Setting) -> float:
     train = setting.policy.train
     torch.manual_seed(setting.seed * SEED_STRIDE + run.step)
     for layer in pad_layers(run.model).values():
-        layer.routing_layer().anneal_(run.phases.warmed(run.step), train.temperature_start)
+        layer.router.anneal_(run.phases.warmed(run.step), train.temperature_start)
     set_lr_(run.optimizer, train.lr * run.phases.lr_factor(run.step))
     clean, augmented = (_moved(batch, run.model, setting.device) for batch in setting.batches.pair(run.step))
     generator = torch.Generator().manual_seed(setting.seed * SEED_STRIDE + run.step)

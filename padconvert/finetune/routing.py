@@ -36,7 +36,7 @@ def set_routers_(
         points_NC = torch.cat(seen[name])[:MOST_POINTS] if seen[name] else torch.empty(0)
         if len(points_NC) >= layer.num_experts:
             generator = Generator().manual_seed(seed * 1_000_003 + index)
-            layer.routing_layer().initialise_(points_NC, generator)
+            layer.router.initialise_(points_NC, generator)
 
 
 def _watch(seen: list[Tensor]) -> Callable[[nn.Module, Any], None]:

@@ -114,7 +114,7 @@ def upcycle(
             view = pad.view(part)
             dynamic.copy_(view.as_packed(view.cut_full(source)))
             dynamic.requires_grad_(source.requires_grad)
-    pad.routing_layer().initialise_(None, generator)
+    pad.router.initialise_(None, generator)
     if learned_scales:
         pad.add_scales_()
     return pad.train(layer.training)

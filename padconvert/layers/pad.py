@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from padconvert.layers.facts import LayerFacts
 from padconvert.layers.packed import Units, UnitView, assemble, pack_bits, unpack_bits
-from padconvert.layers.routers import RouterLike, router_class
+from padconvert.layers.routers import RouterModule, router_class
 from padconvert.words import Granularity, Kind, Routing
 
 PARTS = ("weight", "bias")
@@ -66,7 +66,7 @@ class PadLayer(nn.Module, ABC):
         self.weight_shape = facts.weight_shape
         self.has_bias = facts.has_bias
         self._copy_call_options(facts)
-        self.router: nn.Module = router_class(facts.router)(self.router_channels, facts.num_experts).to(device)
+        self.router: RouterModule = router_class(facts.router)(self.router_channels, facts.num_experts).to(device)
         self.register_parameter("scale_logit", None)
         for part, n_dynamic in (("weight", facts.n_dynamic), ("bias", facts.n_bias_dynamic)):
             self._register_empty_part(
@@ -288,6 +288,3 @@ class PadLayer(nn.Module, ABC):
 
     def pooling_is_per_token(self) -> bool:
         return self.kind is Kind.LINEAR and self.routing is Routing.TOKEN
-
-    def routing_layer(self) -> RouterLike:
-        return cast(RouterLike, self.router)

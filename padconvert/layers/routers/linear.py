@@ -11,19 +11,20 @@ import torch
 from torch import Generator, Tensor, nn
 
 from padconvert.layers.kmeans import kmeans, sharpness
+from padconvert.layers.routers import RouterModule
 
 #: mean top probability that k-means routing starts with
 TOP_PROBABILITY = 0.8
 
 
-class Router(nn.Module):
+class Router(RouterModule):
     """π = softmax(A (x − mean) / deviation + b): [..., C] → [..., K] in fp32."""
 
     mean: Tensor | None
     deviation: Tensor | None
 
     def __init__(self, channels: int, num_experts: int) -> None:
-        super().__init__()
+        super().__init__(channels, num_experts)
         self.weight = nn.Parameter(torch.zeros(num_experts, channels))
         self.bias = nn.Parameter(torch.zeros(num_experts))
         self.register_buffer("mean", None)

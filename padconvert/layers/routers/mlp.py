@@ -10,14 +10,16 @@ import math
 import torch
 from torch import Generator, Tensor, nn
 
+from padconvert.layers.routers import RouterModule
 
-class Router(nn.Module):
+
+class Router(RouterModule):
     """π = softmax(expand(relu(reduce(x))) / τ): [..., C] → [..., K] in fp32."""
 
     temperature: Tensor | None
 
     def __init__(self, channels: int, num_experts: int) -> None:
-        super().__init__()
+        super().__init__(channels, num_experts)
         hidden = max(4, channels // 4)
         self.reduce = nn.Linear(channels, hidden)
         self.expand = nn.Linear(hidden, num_experts)
