@@ -12,6 +12,7 @@ from padconvert.checkpoint.read import read_checkpoint
 from padconvert.checkpoint.write import check_target
 from padconvert.errors import FileError, UsageError, VerificationError
 from padconvert.finetune.data.sources import Data, open_data
+from padconvert.finetune.objectives import dtype_of
 from padconvert.finetune.train import objective_of
 from padconvert.fold import fold_
 from padconvert.load.opened import Opened, open_input
@@ -113,7 +114,8 @@ def _probe(model: nn.Module, options: ConvertOptions, data: Data | None) -> Prob
     if options.input_shape is not None:
         return find_probe(model, (1, *options.input_shape))
     if data is not None:
-        return probe_of_batch(data.train.batch(torch.arange(min(8, len(data.train)))).inputs)
+        some = data.train.batch(torch.arange(min(8, len(data.train))))
+        return probe_of_batch(some.to("cpu", dtype_of(model)).inputs)
     return find_probe(model, None)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,30 +27,47 @@ from padconvert.rewrite import pad_layers
 #: seconds between two saves; what they hold does not depend on it
 SAVE_EVERY = 20.0
 
+#: named as what changed only where nothing else did
+DECISIONS = "the plan's decisions"
+
 
 class WorkDir:
     """A folder that belongs to one run. Raises UsageError if it belongs to another one, naming what changed."""
 
-    def __init__(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, fingerprint: Mapping[str, Any], decisions: str = "") -> None:
+        """`fingerprint` holds what a person can name, `decisions` is a checksum of all that follows from it."""
         self.path = path
+        fingerprint = {**fingerprint, DECISIONS: decisions}
+        record = path / "run.json"
         try:
             path.mkdir(parents=True, exist_ok=True)
-            record = path / "run.json"
             if record.exists():
-                _check_same(path, json.loads(record.read_text()), json.loads(json.dumps(fingerprint)))
+                _check_same(path, _terms(record.read_bytes()), json.loads(json.dumps(fingerprint)))
             else:
                 _replace(record, json.dumps(fingerprint, indent=1, sort_keys=True).encode())
-        except (OSError, json.JSONDecodeError) as error:
-            raise FileError(f"--work-dir {path}: cannot be used ({error}). Name another folder.") from error
+        except OSError as error:
+            raise FileError(f"--work-dir {path}: cannot be used ({error.strerror}). Name another folder.") from error
+        except (ValueError, RecursionError) as error:
+            raise FileError(
+                f"{record}: is damaged ({error}). Empty the folder to start the run again, or name another one."
+            ) from error
 
     def keeper(self, name: str, train: OptimizerPolicy) -> FileKeeper:
         """The keeper of one trained variant ("output", "static", "fully_dynamic")."""
         return FileKeeper(self.path / f"{name}.safetensors", train)
 
 
+def _terms(content: bytes) -> dict[str, Any]:
+    terms = json.loads(content)
+    if not isinstance(terms, dict):
+        raise ValueError("not a JSON object")
+    return terms
+
+
 def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if changed:
+        changed = [key for key in changed if key != DECISIONS] or changed
         what = "; ".join(f"{key}: {_short(before.get(key))} before, {_short(now.get(key))} now" for key in changed)
         raise UsageError(
             f"--work-dir {path} belongs to another run ({what}). "
@@ -90,10 +108,19 @@ class FileKeeper:
             name: [len(layer.units("weight").dynamic), len(layer.units("bias").dynamic) if layer.has_bias else 0]
             for name, layer in pad_layers(run.model).items()
         }
-        record = json.dumps({"step": run.step, "history": run.history, "layers": layers})
+        tensors = _tensors(run)
+        record = json.dumps({"step": run.step, "history": run.history, "layers": layers, "crc32": _crc32(tensors)})
         temporary = self.path.with_suffix(".tmp")
-        save_file(_tensors(run), temporary, metadata={"run": record})
-        temporary.replace(self.path)
+        try:
+            save_file(tensors, temporary, metadata={"run": record})
+            with temporary.open("rb+") as file:  # the new name must not reach the disk before the bytes
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+        except (OSError, SafetensorError) as error:
+            raise FileError(
+                f"{self.path}: the run's state cannot be saved ({str(error).splitlines()[0]}). "
+                "Free some space, or name another --work-dir."
+            ) from error
 
     def restore_(self, run: Run) -> None:
         """Bring `run` to the saved step, if one was saved. Raises FileError where the file is damaged."""
@@ -103,6 +130,8 @@ class FileKeeper:
             with safe_open(self.path, framework="pt") as file:
                 record = json.loads(file.metadata()["run"])
                 stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if record["crc32"] != _crc32(stored):
+                raise ValueError("its checksum does not fit")
             _restore(run, record, stored, self.train)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise FileError(
@@ -120,6 +149,14 @@ def _tensors(run: Run) -> dict[str, Tensor]:
             if isinstance(value, Tensor):
                 tensors[f"optimizer/{name}/{key}"] = value
     return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+
+
+def _crc32(tensors: Mapping[str, Tensor]) -> int:
+    """One checksum over all tensors in the order of their names; safetensors has none of its own."""
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].view(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), total))
+    return total
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from padconvert.errors import FileError
 from padconvert.finetune.data.batches import Batches
-from padconvert.finetune.data.examples import Batch, known_labels, tensors_of
+from padconvert.finetune.data.examples import Batch, Examples, known_labels, tensors_of
 from padconvert.finetune.data.labels import check_labels
 from padconvert.finetune.data.sources import Data
 from padconvert.finetune.evaluate import evaluate
@@ -77,15 +77,19 @@ def objective_of(policy: Policy, data: Data) -> Objective:
 
 def check_data(model: nn.Module, data: Data, device: torch.device) -> None:
     """Raises FileError unless the model takes the data's batches and its outputs have room for every label."""
-    for name, examples in (("training", data.train), ("evaluation", data.eval)):
-        if examples is None:
-            continue
-        batch = examples.batch(torch.arange(min(2, len(examples)))).to(device, dtype_of(model))
-        logits = _outputs(model, batch, name)
-        labels = known_labels(examples)
-        if batch.labels is None or labels is None or labels.is_floating_point():
-            continue
-        check_labels(labels, logits.shape[class_axis(logits, batch.labels)], f"the {name} data")
+    for name, examples in (("the training data", data.train), ("the evaluation data", data.eval)):
+        if examples is not None:
+            check_examples(model, examples, name, device)
+
+
+def check_examples(model: nn.Module, examples: Examples, name: str, device: torch.device) -> None:
+    """As `check_data`, of one set; `name` is what the message calls it."""
+    batch = examples.batch(torch.arange(min(2, len(examples)))).to(device, dtype_of(model))
+    logits = _outputs(model, batch, name)
+    labels = known_labels(examples)
+    if batch.labels is None or labels is None or labels.is_floating_point():
+        return
+    check_labels(labels, logits.shape[class_axis(logits, batch.labels)], name)
 
 
 def _outputs(model: nn.Module, batch: Batch, name: str) -> Tensor:
@@ -94,9 +98,9 @@ def _outputs(model: nn.Module, batch: Batch, name: str) -> Tensor:
         with torch.no_grad():
             return logits_of(forward(model.eval(), batch.inputs))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        shapes = {name: list(tensor.shape) for name, tensor in tensors_of(batch.inputs).items()}
+        shapes = {key: list(tensor.shape) for key, tensor in tensors_of(batch.inputs).items()}
         raise FileError(
-            f"the model cannot take the {name} data, batches of {_plain(shapes)}: {str(error).splitlines()[0]}. "
+            f"the model cannot take {name}, batches of {_plain(shapes)}: {str(error).splitlines()[0]}. "
             "Check data.layout, data.input_key and the source."
         ) from error
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,13 @@ import torch
 from padconvert.errors import FileError, UsageError
 from padconvert.finetune.data import readers
 from padconvert.finetune.data.batches import HOLDOUT
-from padconvert.finetune.data.examples import Examples, Subset
+from padconvert.finetune.data.examples import Examples, Subset, tensors_of
 from padconvert.finetune.data.preparation import Prepared, preparation_of, seeded
 from padconvert.finetune.data.readers.function import is_reference
 from padconvert.finetune.data.spec import DataPolicy
+
+#: reading all of an image folder takes minutes; this many tell other data apart
+CHECKED_EXAMPLES = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,6 +48,18 @@ def open_data(spec: DataPolicy, base: Path | None = None, seed: int = 0) -> Data
     kept, held = _split(train, spec.holdout, seed)
     note = f"evaluated on {len(held)} of {len(train)} examples, held out of the training data (seed {seed})"
     return Data(_prepared(kept, spec), _prepared(held, spec), (note,))
+
+
+def checksum(data: Data) -> str:
+    """sha256 of the training data: its length, all labels that are at hand, and examples spread evenly over it."""
+    examples = data.train
+    digest = hashlib.sha256(f"{len(examples)} {examples.preparation}".encode())
+    indices = torch.linspace(0, len(examples) - 1, min(CHECKED_EXAMPLES, len(examples)), dtype=torch.float64).long()
+    batch = examples.batch(indices)
+    for tensor in [*tensors_of(batch.inputs).values(), batch.labels, examples.labels]:
+        if tensor is not None:
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def open_eval(spec: DataPolicy, refs: Sequence[str], base: Path | None = None) -> Prepared:

@@ -41,8 +41,8 @@ def read(refs: Sequence[str], spec: DataPolicy) -> Examples:
     function = _function(ref)
     try:
         given = function()
-    except Exception as error:
-        raise FileError(f"{ref}: failed at {_place(error)}: {type(error).__name__}: {error}. Repair it") from error
+    except (Exception, SystemExit) as error:  # a script's sys.exit() must not end this run as if all were done
+        raise FileError(f"{ref}: failed at {_place(error)}: {_said(error)}. Repair it") from error
     return _as_examples(given, ref, spec)
 
 
@@ -53,9 +53,9 @@ def _function(ref: str) -> Callable[[], object]:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise FileError(
-            f"{ref}: importing '{module_name}' failed: {type(error).__name__}: {error}. "
+            f"{ref}: importing '{module_name}' failed: {_said(error)}. "
             "The module has to lie in the current directory or be installed"
         ) from error
     function = getattr(module, name, None)
@@ -98,9 +98,9 @@ class DatasetExamples:
     def batch(self, indices: Tensor) -> Batch:
         try:
             items = [self.dataset[index] for index in indices.tolist()]
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise FileError(
-                f"{self.ref}: reading an example failed at {_place(error)}: {type(error).__name__}: {error}. Repair it"
+                f"{self.ref}: reading an example failed at {_place(error)}: {_said(error)}. Repair it"
             ) from error
         pairs = [item if isinstance(item, tuple | list) else (item, None) for item in items]
         if any(len(pair) != 2 for pair in pairs):
@@ -140,6 +140,10 @@ def _tensor(given: object, ref: str) -> Tensor:
     if array.dtype == object:
         raise FileError(f"{ref}: gives {type(given).__name__} where a tensor or an array was expected. {_GIVES}")
     return numeric(array, ref)
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _place(error: BaseException) -> str:
