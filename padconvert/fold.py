@@ -36,7 +36,7 @@ def fold_layer_(layer: PadLayer) -> nn.Module:
             if stored is not None:
                 stored.copy_(stored.to(layer.mixing_dtype) * scale)
     layer.scale_logit = None
-    layer.routing_layer().fold_()
+    layer.router.fold_()
     return layer
 
 
