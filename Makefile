@@ -45,7 +45,6 @@ demo: $(STAMP)
 	@rm -rf demo
 	@$(BIN)/python docs/demo/make_model.py demo
 	cd demo && padconvert convert model.pt --dynamic-ratio 0.3
-	cd demo && padconvert convert model.pt --dynamic-ratio 0.3 --compare -o compared.pad.safetensors --report report.html
 	cd demo && padconvert verify model.pad.safetensors --against model.pt
 
 clean:

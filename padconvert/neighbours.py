@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from padconvert.account import verdict
 from padconvert.errors import UsageError
-from padconvert.finetune.data.sources import Data
+from padconvert.finetune.data.sources import Data, checksum
 from padconvert.finetune.resume import WorkDir
 from padconvert.finetune.train import Trainer
 from padconvert.load.opened import Opened
 from padconvert.options import ConvertOptions
 from padconvert.partition import Partitioner
 from padconvert.plan import Plan, plan_to_json
+from padconvert.policy import settings_of
 from padconvert.precision import upcast_
 from padconvert.progress import Progress
 from padconvert.results import Comparison, Metrics
@@ -44,7 +46,7 @@ def train_(
             Partitioner(model, plan).round_(1, [])
         return Trained(None, [])
     source = upcast_(copy.deepcopy(opened.module))
-    work_dir = _work_dir(opened, plan, options)
+    work_dir = _work_dir(opened, plan, data, options)
     trainer = Trainer.of(plan.policy, data, source, options.seed, device, progress, work_dir)
     before = trainer.metrics(source)
     static, full = _controls(trainer, source, model, opened, options)
@@ -63,7 +65,7 @@ def _controls(
     trainer: Trainer, source: nn.Module, model: nn.Module, opened: Opened, options: ConvertOptions
 ) -> tuple[Metrics | None, Metrics | None]:
     """With `--compare`: the static source and the fully dynamic network after the same steps on the same batches."""
-    if not options.compare:
+    if not (options.compare or trainer.policy.train.compare):
         return None, None
     if opened.goes_on:
         raise UsageError("--compare needs the static source to train beside; convert that instead of an artefact.")
@@ -77,15 +79,17 @@ def _controls(
     return trainer.metrics(static), trainer.metrics(full)
 
 
-def _work_dir(opened: Opened, plan: Plan, options: ConvertOptions) -> WorkDir | None:
+def _work_dir(opened: Opened, plan: Plan, data: Data, options: ConvertOptions) -> WorkDir | None:
     if options.work_dir is None:
         return None
     fingerprint = {
+        **settings_of(plan.policy),
         "source sha256": opened.sha256,
-        "plan": plan_to_json(plan),
+        "data": checksum(data),
         "seed": options.seed,
         "device": options.device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    return WorkDir(options.work_dir, fingerprint)
+    decisions = plan_to_json(replace(plan, origins={}, notes=()))  # not where they were said
+    return WorkDir(options.work_dir, fingerprint, hashlib.sha256(decisions.encode()).hexdigest())

@@ -28,7 +28,7 @@ POLICY = """\
 # What `padconvert convert` uses when it is called in this folder.
 version: 1
 extends: paper
-train: {steps: 1000, batch_size: 64, optimizer: adamw, lr: 0.005}
+train: {steps: 1000, batch_size: 64, optimizer: adamw, lr: 0.005, compare: true}
 data: {train: [train.npz], eval: [test.npz]}
 """
 

@@ -187,6 +187,7 @@ class Train(Section):
     distill_weight: NonNegative
     temperature_start: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     schedule: Literal["cosine", "constant"]
+    compare: bool
 
     @model_validator(mode="after")
     def _shares_fit(self) -> Train:
