@@ -18,7 +18,7 @@ from padconvert.fold import fold_
 from padconvert.load.opened import Opened, open_input
 from padconvert.neighbours import train_
 from padconvert.options import ConvertOptions
-from padconvert.plan import Plan, Route, check_plan_fits, make_plan, plan_to_json, read_plan
+from padconvert.plan import Plan, Route, check_plan_fits, check_plan_terms, make_plan, plan_to_json, read_plan
 from padconvert.policy import Policy, Resolved
 from padconvert.precision import restore_dtypes_
 from padconvert.progress import Progress, Silent
@@ -42,8 +42,7 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
     options, progress, clock = options or ConvertOptions(), progress or Silent(), Clock()
     resolved = options.resolve_policy()
     output = options.output or default_output(Path(source))
-    if not options.dry_run:
-        check_target(output, force=options.force, source=source)
+    _check_files(Path(source), output, options)
     with settled(options.device) as device, resumable(options):
         progress.stage("load")
         opened = open_input(Path(source), options, device)
@@ -99,6 +98,16 @@ def default_output(source: Path) -> Path:
     return source.with_name(name + SUFFIX)
 
 
+def _check_files(source: Path, output: Path, options: ConvertOptions) -> None:
+    """Nothing that is there is replaced unasked, and no file is asked to be two things."""
+    if not options.dry_run:
+        check_target(output, force=options.force, source=source)
+    if options.plan_out is not None:
+        check_target(options.plan_out, force=options.force, source=source)
+        if not options.dry_run and options.plan_out.resolve() == output.resolve():
+            raise UsageError(f"--plan-out {options.plan_out}: is the output as well; name another file.")
+
+
 def _write_text(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
@@ -130,16 +139,23 @@ def _plan(
             raise UsageError(why_not or "A fine-tuned artefact can only be trained on: name data with --data.")
         resolved = Resolved(_going_on(opened, policy), {}, resolved.notes)
     route: Route = "data-free" if data is None or why_not is not None else "trained"
+    _check_trains(route, options, why_not)
     if options.plan is not None:
         plan = read_plan(options.plan)
         check_plan_fits(plan, walked, opened.sha256)
-        if plan.route != route:
-            raise UsageError(f"--plan {options.plan}: made for the {plan.route} route, this run takes the {route} one.")
+        check_plan_terms(plan, route, options.seed, resolved, f"--plan {options.plan}", preset=options.preset)
     else:
         plan = make_plan(
             walked, resolved, route=route, seed=options.seed, tensors=opened.sizes, source_sha256=opened.sha256
         )
     return plan, [] if why_not is None else [why_not]
+
+
+def _check_trains(route: Route, options: ConvertOptions, why_not: str | None) -> None:
+    """Raises UsageError for an option that only training can obey where nothing is trained."""
+    asked = [flag for flag, given in (("--compare", options.compare), ("--eval-data", options.eval_data)) if given]
+    if route == "data-free" and asked:
+        raise UsageError(f"{asked[0]}: nothing is trained in this run. {why_not or 'Name training data with --data.'}")
 
 
 def _going_on(opened: Opened, policy: Policy) -> Policy:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from padconvert.errors import UsageError
 from padconvert.policy import Option, Resolved, load_policy, set_overrides
 
 #: the option of the command line, as a field of `ConvertOptions`, and the policy key that it sets
@@ -20,6 +21,9 @@ POLICY_KEYS = {
     "batch_size": "train.batch_size",
     "lr": "train.lr",
 }
+
+#: seeds are multiplied and added to on their way to torch's generators, which take 64 bits
+MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,10 @@ class ConvertOptions:
     plan: Path | None = None
     plan_out: Path | None = None
     work_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UsageError(f"--seed {self.seed}: take a whole number from 0 to {MAX_SEED}.")
 
     def overrides(self) -> dict[str, object]:
         """What these options say about the policy, as `load_policy` takes it. A short form wins over `sets`.

@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from padconvert.checkpoint.read import Checkpoint, read_checkpoint
@@ -40,7 +41,7 @@ class Seal:
             provenance=provenance_of(
                 source_sha256=self.opened.sha256,
                 source_kind=self.opened.kind,
-                device=self.options.device,
+                device=torch.device(self.options.device).type,
                 seed=self.options.seed,
                 trained=trained,
             ),

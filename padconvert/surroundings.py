@@ -25,16 +25,22 @@ class Clock:
         self._last = now
 
 
+def _usable(device: str) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).item()  # the meta device holds no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).splitlines()[0].split(". ")[0]
+        raise UsageError(
+            f"--device {device}: cannot be used ({why:.200}). 'padconvert doctor' lists the devices."
+        ) from error
+    return found
+
+
 @contextmanager
 def settled(device: str) -> Iterator[torch.device]:
     """The device, with deterministic algorithms for as long as the run lasts."""
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"--device {device}: cannot be used ({str(error).splitlines()[0]}). 'padconvert doctor' lists the devices."
-        ) from error
+    found = _usable(device)
     # not use_deterministic_algorithms, which does the same but imports torch's compiler first: seconds
     before = torch.get_deterministic_debug_mode()
     state = torch.random.get_rng_state()

@@ -20,6 +20,7 @@ from padconvert.finetune.data.examples import Examples
 from padconvert.finetune.data.sources import open_eval
 from padconvert.finetune.evaluate import evaluate
 from padconvert.finetune.objectives import dtype_of
+from padconvert.finetune.train import check_examples
 from padconvert.layers.pad import PadLayer
 from padconvert.load import open_source
 from padconvert.load.artefact import load_checkpoint
@@ -30,6 +31,7 @@ from padconvert.policy import Policy
 from padconvert.precision import HALF, upcast_
 from padconvert.results import Check, Equality, Verification
 from padconvert.rewrite import pad_layers
+from padconvert.surroundings import settled
 from padconvert.walk.probe import InputSpec, ProbeSpec, call, flat_outputs
 from padconvert.walk.quiet import device_of, evaluating, untouched
 
@@ -227,14 +229,15 @@ def verify(
     checkpoint = read_checkpoint(artefact)
     checks = [_checksums(checkpoint)]
     if checks[0].passed:
-        into = build_factory(architecture_of(arch, arch_args or {})) if arch else None
-        model = load_checkpoint(checkpoint, into=into, trust=trust).to(device)
-        checks += [Check("loads", True, None, None), probe_check(checkpoint, model)]
-        source = None if against is None else open_source(against, arch=arch, arch_args=arch_args, trust=trust)
-        if source is not None:
-            checks += _against_source(checkpoint, model, source, device)
-        if data:
-            checks.append(_metrics_check(checkpoint, model, source, data, device))
+        with settled(device) as place:
+            into = build_factory(architecture_of(arch, arch_args or {})) if arch else None
+            model = load_checkpoint(checkpoint, into=into, trust=trust).to(place)
+            checks += [Check("loads", True, None, None), probe_check(checkpoint, model)]
+            source = None if against is None else open_source(against, arch=arch, arch_args=arch_args, trust=trust)
+            if source is not None:
+                checks += _against_source(checkpoint, model, source, place)
+            if data:
+                checks.append(_metrics_check(checkpoint, model, source, data, place))
     return Verification(str(artefact), tuple(checks), all(check.passed for check in checks))
 
 
@@ -245,7 +248,7 @@ def _checksums(checkpoint: Checkpoint) -> Check:
     return Check("checksums", not damaged, f"{len(found) - len(damaged)} of {len(found)} tensors", None, detail)
 
 
-def _against_source(checkpoint: Checkpoint, model: nn.Module, source: Source, device: str) -> Iterator[Check]:
+def _against_source(checkpoint: Checkpoint, model: nn.Module, source: Source, device: torch.device) -> Iterator[Check]:
     wanted, found = checkpoint.manifest.provenance.source_sha256, source.sha256
     same = wanted == found
     detail = "" if same else "this is not the file that the artefact was made from"
@@ -260,11 +263,12 @@ def _against_source(checkpoint: Checkpoint, model: nn.Module, source: Source, de
 
 
 def _metrics_check(
-    checkpoint: Checkpoint, model: nn.Module, source: Source | None, data: Sequence[str], device: str
+    checkpoint: Checkpoint, model: nn.Module, source: Source | None, data: Sequence[str], device: torch.device
 ) -> Check:
     """Accuracy (or the first other metric) on `data`, read as the artefact's policy says."""
     spec = Policy.model_validate_json(json.dumps(checkpoint.manifest.policy)).data
     examples = open_eval(spec, data)
+    check_examples(model, examples, ", ".join(data), device)
     found = evaluate(upcast_(copy.deepcopy(model)), examples, EVALUATION_BATCH, device=device)
     if not found:
         raise FileError(f"{', '.join(data)}: has no labels, so there is nothing to measure. Name labelled data.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -45,3 +46,7 @@ def _check_report(path: Path) -> None:
         raise UsageError(f"--report {path}: the report is an HTML file; name one that ends in .html")
     if not path.absolute().parent.is_dir():
         raise FileError(f"--report {path}: its folder does not exist")
+    if path.is_dir():
+        raise UsageError(f"--report {path}: is a folder; name a file")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise FileError(f"--report {path}: cannot be written to")

@@ -39,4 +39,6 @@ def verify(
     )  # fmt: skip
     run.show(result, as_json=as_json)
     if not result.passed:
+        failed = ", ".join(check.name for check in result.checks if not check.passed)
+        typer.echo(f"error: {artefact}: does not hold: {failed}. Make it again from its source.", err=True)
         raise typer.Exit(VerificationError.exit_code)

@@ -155,7 +155,8 @@ def _crc32(tensors: Mapping[str, Tensor]) -> int:
     """One checksum over all tensors in the order of their names; safetensors has none of its own."""
     total = 0
     for name in sorted(tensors):
-        total = zlib.crc32(tensors[name].view(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), total))
+        content: Any = tensors[name].view(-1).view(torch.uint8).numpy()
+        total = zlib.crc32(content, zlib.crc32(name.encode(), total))
     return total
 
 

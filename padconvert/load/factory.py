@@ -49,7 +49,7 @@ def build_factory(architecture: Mapping[str, Any]) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
             module = factory(**args)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script's sys.exit() must not end this run as if all were done
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UsageError(f"--arch {ref}: the factory raised {reason}. {_signature(factory)}") from error
     finally:
@@ -64,9 +64,13 @@ def _imported(ref: str) -> Any:
     join_working_directory()
     try:
         found: Any = importlib.import_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         missing = isinstance(error, ModuleNotFoundError) and module.startswith(str(error.name))
-        what = "no such module; is it in this folder, or installed?" if missing else f"importing it raised {error!r}"
+        what = (
+            "no such module; is it in this folder, or installed?"
+            if missing
+            else f"importing it raised {error!r}".splitlines()[0]
+        )
         raise UsageError(f"--arch {ref}: {what}") from error
     for part in name.split("."):
         if not hasattr(found, part):

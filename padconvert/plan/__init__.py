@@ -4,7 +4,7 @@ from padconvert.plan.cost import ITEMSIZE, TensorSizes
 from padconvert.plan.count import exact_count
 from padconvert.plan.decide import make_plan
 from padconvert.plan.explain import explain_layer
-from padconvert.plan.file import check_plan_fits, plan_from_json, plan_to_json, read_plan
+from padconvert.plan.file import check_plan_fits, check_plan_terms, plan_from_json, plan_to_json, read_plan
 from padconvert.plan.model import Cost, LayerChoice, LayerPlan, Plan, Pool, Route
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Route",
     "TensorSizes",
     "check_plan_fits",
+    "check_plan_terms",
     "exact_count",
     "explain_layer",
     "make_plan",

@@ -39,7 +39,7 @@ def make_plan(
     NothingEligibleError where no layer can or may be converted.
     """
     resolved = policy if isinstance(policy, Resolved) else Resolved(policy, {}, ())
-    policy, notes = _in_force(resolved.policy, route)
+    policy, notes = in_force(resolved.policy, route)
     first = first_matches(policy.rules, walk.layers, resolved.origins)
     decided = [_decide(info, policy, rule) for info, rule in zip(walk.layers, first, strict=True)]
     asked = [layer for layer in decided if layer.choice is not None]
@@ -62,7 +62,7 @@ def make_plan(
     )
 
 
-def _in_force(policy: Policy, route: Route) -> tuple[Policy, list[str]]:
+def in_force(policy: Policy, route: Route) -> tuple[Policy, list[str]]:
     """Without data nothing but the weights can be scored, layer by layer."""
     wanted = policy.partition
     if route == "trained" or (wanted.score, wanted.scope) == ("magnitude", "layer"):

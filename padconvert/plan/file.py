@@ -6,9 +6,11 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from padconvert.errors import FileError, PolicyError
+from padconvert.errors import FileError, PolicyError, UsageError
 from padconvert.plan.count import n_units
-from padconvert.plan.model import Plan
+from padconvert.plan.decide import in_force
+from padconvert.plan.model import Plan, Route
+from padconvert.policy import Resolved, said_at, settings_of
 from padconvert.policy.records import record_from_dict, record_to_dict
 from padconvert.walk.info import Walk
 from padconvert.words import Verdict
@@ -73,6 +75,28 @@ def check_plan_fits(plan: Plan, walk: Walk, source_sha256: str | None) -> None:
         same = (before.type, before.weight_shape, before.dtype, before.has_bias, before.groups, before.eligible)
         if same != (now.type, now.weight_shape, now.dtype, now.has_bias, now.groups, now.eligible):
             raise PolicyError(f"layer {name} is not what the plan was made for; {again}")
+
+
+def check_plan_terms(
+    plan: Plan, route: Route, seed: int, resolved: Resolved, where: str, *, preset: str | None = None
+) -> None:
+    """Raises UsageError where a run's words contradict its saved plan, which would win without a word.
+
+    What no option and no file says is the plan's to decide, and data may lie elsewhere. `where` names the plan.
+    """
+    if plan.route != route:
+        raise UsageError(f"{where}: made for the {plan.route} route, this run takes the {route} one.")
+    if plan.seed != seed:
+        raise UsageError(f"{where}: made with seed {plan.seed}, this run has {seed}. Give --seed {plan.seed}.")
+    planned, wanted = settings_of(plan.policy), settings_of(in_force(resolved.policy, route)[0])
+    changed = sorted(key for key in wanted if planned[key] != wanted[key] and not key.startswith("data."))
+    for key in changed:
+        said = said_at(resolved.origins, key)
+        if said is not None and (preset is not None or not said.startswith("preset")):
+            raise UsageError(
+                f"{where}: made with {key} {planned[key]}, but {said} says {wanted[key]}. "
+                "Leave that away, or make a new plan with --plan-out."
+            )
 
 
 def _inconsistency(plan: Plan) -> str | None:

@@ -24,7 +24,7 @@ from padconvert.policy.resolve import (
     said_at,
     set_overrides,
 )
-from padconvert.policy.show import render, schema, starter, write_starter
+from padconvert.policy.show import render, schema, settings_of, starter, write_starter
 
 __all__ = [
     "DEFAULT_PRESET",
@@ -49,6 +49,7 @@ __all__ = [
     "schema",
     "score_names",
     "set_overrides",
+    "settings_of",
     "starter",
     "write_starter",
 ]

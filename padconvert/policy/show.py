@@ -95,6 +95,14 @@ def _plain(value: object) -> object:
     return value
 
 
+def settings_of(policy: Policy) -> dict[str, object]:
+    """Every setting that decides something, as JSON says it, by its dotted key; the rules are one setting."""
+    settings: dict[str, object] = {}
+    for name, value in policy.model_dump(mode="json", exclude={"version", "extends"}).items():
+        settings |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+    return settings
+
+
 def schema() -> dict[str, Any]:
     """The JSON schema of a policy file: as the whole policy, but only `version` has to be there."""
     document = Policy.model_json_schema()
