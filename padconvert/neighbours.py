@@ -14,12 +14,13 @@ from padconvert.errors import UsageError
 from padconvert.finetune.data.sources import Data, checksum
 from padconvert.finetune.resume import WorkDir
 from padconvert.finetune.train import Trainer
+from padconvert.fold import fold_
 from padconvert.load.opened import Opened
 from padconvert.options import ConvertOptions
 from padconvert.partition import Partitioner
 from padconvert.plan import Plan, plan_to_json
 from padconvert.policy import settings_of
-from padconvert.precision import upcast_
+from padconvert.precision import restore_dtypes_, upcast_
 from padconvert.progress import Progress
 from padconvert.results import Comparison, Metrics
 from padconvert.rewrite import pad_layers
@@ -55,10 +56,15 @@ def train_(
         trainer.set_routers_(model, pad_layers(model))
     partitioner = Partitioner(model, plan) if plan.converted and not opened.goes_on else None
     history = trainer.fit_(model, partitioner, "output")
-    after = trainer.metrics(model)
+    after = trainer.metrics(_as_stored(model, opened.module))
     samples = len(data.eval) if data.eval is not None else 0
     said = verdict(after, static, samples)
     return Trained(Comparison(before, after, static, full, said) if before else None, history)
+
+
+def _as_stored(model: nn.Module, source: nn.Module) -> nn.Module:
+    """A copy that computes with the values as the file will hold them: folded, rounded to the source's dtypes."""
+    return upcast_(restore_dtypes_(fold_(copy.deepcopy(model)), source))
 
 
 def _controls(

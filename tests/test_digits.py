@@ -263,10 +263,7 @@ def test_half_precision_stays_half(dtype: torch.dtype, folder: Path, tmp_path: P
     checks = {check.name: check for check in held.checks}
     assert held.passed
     assert checks["probe"].value is not None
-    # fp32 is what was measured, the file holds halves
-    accuracy = checks["accuracy"].value
-    assert isinstance(accuracy, float)
-    assert abs(accuracy - accuracies(done)[1]) < 0.02
+    assert checks["accuracy"].value == accuracies(done)[1]  # measured on the rounded values, as the file holds them
     with torch.no_grad():
         x = torch.from_numpy(np.load(folder / "test.npz")["x"][:64]).to(dtype)
         assert model(x).dtype == dtype
