@@ -74,12 +74,11 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
         fold_(model)
         restore_dtypes_(model, opened.module)
         written = Seal(opened, plan, probe, options).write(model, output)
-        checkpoint = read_checkpoint(output)
         clock.lap("write")
     return Conversion(
         source=SourceFile(str(source), opened.kind, opened.bytes, opened.sha256),
         output=OutputFile(str(output), written.bytes, written.sha256),
-        totals=file_totals(plan, checkpoint, model, opened.sizes, opened.bytes),
+        totals=file_totals(plan, read_checkpoint(output), model, opened.sizes, opened.bytes),
         layers=layer_results(plan, model),
         equality=equal,
         metrics=trained.comparison,
@@ -87,7 +86,7 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
         seed=options.seed,
         timing=clock.laps,
         warnings=tuple(why_not),
-        notes=(*opened.notes, *resolved.notes, *plan.notes, *walked.notes, *(data.notes if data else ())),
+        notes=_notes(opened, resolved, plan, walked, data),
         history=tuple(trained.history),
     )
 
@@ -179,8 +178,14 @@ def _dry_run(
         seed=options.seed,
         timing=clock.laps,
         warnings=(),
-        notes=(*opened.notes, *resolved.notes, *plan.notes, *walked.notes),
+        notes=_notes(opened, resolved, plan, walked, None),
     )
+
+
+def _notes(opened: Opened, resolved: Resolved, plan: Plan, walked: Walk, data: Data | None) -> tuple[str, ...]:
+    """What a person wants to know, each thing once: a plan brings its policy's notes along."""
+    said = (*opened.notes, *resolved.notes, *plan.notes, *walked.notes, *(data.notes if data is not None else ()))
+    return tuple(dict.fromkeys(said))
 
 
 def _unequal(equal: Equality) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from padconvert.account import file_totals
 from padconvert.checkpoint.read import Checkpoint, read_checkpoint
 from padconvert.checkpoint.save import provenance_of, save_model
 from padconvert.checkpoint.write import WrittenFile
@@ -51,12 +52,13 @@ class Seal:
             extra_tensors=self.opened.extra_tensors,
             force=self.options.force,
             source=self.opened.path,
-            check=self._check_back,
+            check=lambda path: self._check_back(path, model),
         )
 
-    def _check_back(self, path: Path) -> None:
-        """Load the file as a user would and hold its outputs against the recorded ones."""
+    def _check_back(self, path: Path, model: nn.Module) -> None:
+        """Hold the file's bytes against the plan, load it as a user would and hold its outputs against the record."""
         checkpoint = read_checkpoint(path)
+        file_totals(self.plan, checkpoint, model, self.opened.sizes, self.opened.bytes)
         check = probe_check(checkpoint, self._loaded(checkpoint))
         if not check.passed:
             raise VerificationError(
