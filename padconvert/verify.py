@@ -24,9 +24,11 @@ from padconvert.finetune.train import check_examples
 from padconvert.layers.pad import PadLayer
 from padconvert.load import open_source
 from padconvert.load.artefact import load_checkpoint
+from padconvert.load.detect import InputKind, detect
 from padconvert.load.factory import architecture_of, build_factory
-from padconvert.load.opened import module_of
+from padconvert.load.opened import module_of, open_input
 from padconvert.load.source import Source
+from padconvert.options import ConvertOptions
 from padconvert.policy import Policy
 from padconvert.precision import HALF, upcast_
 from padconvert.results import Check, Equality, Verification
@@ -233,12 +235,21 @@ def verify(
             into = build_factory(architecture_of(arch, arch_args or {})) if arch else None
             model = load_checkpoint(checkpoint, into=into, trust=trust).to(place)
             checks += [Check("loads", True, None, None), probe_check(checkpoint, model)]
-            source = None if against is None else open_source(against, arch=arch, arch_args=arch_args, trust=trust)
+            options = ConvertOptions(arch=arch, arch_args=arch_args or {}, trust=tuple(trust))
+            source = None if against is None else _open_against(against, options, place)
             if source is not None:
                 checks += _against_source(checkpoint, model, source, place)
             if data:
                 checks.append(_metrics_check(checkpoint, model, source, data, place))
     return Verification(str(artefact), tuple(checks), all(check.passed for check in checks))
+
+
+def _open_against(path: Path, options: ConvertOptions, device: torch.device) -> Source:
+    """What the artefact was made from: a source, or the artefact that training went on from."""
+    if detect(path) is not InputKind.ARTEFACT:
+        return open_source(path, arch=options.arch, arch_args=options.arch_args, trust=options.trust)
+    opened = open_input(path, options, device)
+    return Source(path, opened.kind, opened.module, {}, opened.architecture, opened.bytes, opened.sha256)
 
 
 def _checksums(checkpoint: Checkpoint) -> Check:

@@ -222,6 +222,10 @@ def test_going_on_from_a_data_free_artefact_chooses_anew(folder: Path, tmp_path:
     assert set(before) == set(after)
     assert before != after
     assert read_checkpoint(second).manifest.trained
+    again = tmp_path / "again.pad.safetensors"
+    convert(first, ConvertOptions(output=again, dynamic_ratio=0.5))
+    checks = [check.name for check in verify(again, against=first).checks if check.passed]
+    assert checks == ["checksums", "loads", "probe", "source sha256", "same function as the source"]
 
 
 @pytest.mark.parametrize("granularity", ["element", "channel"])
@@ -240,7 +244,11 @@ def test_going_on_from_a_trained_artefact_keeps_the_partition(granularity: str, 
     assert before == accuracies(begun)[1]
     assert after > before - 2 * (2 * before * (1 - before) / 1200) ** 0.5
     assert tensors_of(second) != tensors_of(first)
-    assert verify(second).passed
+    held = verify(second, against=first, data=[str(folder / "test.npz")])
+    assert held.passed
+    found = {check.name: check for check in held.checks}
+    assert found["accuracy"].value == after
+    assert found["accuracy"].detail == f"the source's {before:.4f} less chance"
     assert read_checkpoint(second).manifest.provenance.source_sha256 == begun.output.sha256
 
 
