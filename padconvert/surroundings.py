@@ -44,11 +44,17 @@ def settled(device: str) -> Iterator[torch.device]:
     # not use_deterministic_algorithms, which does the same but imports torch's compiler first: seconds
     before = torch.get_deterministic_debug_mode()
     state = torch.random.get_rng_state()
+    # TF32 keeps 10 bits of a factor: two ways to compute one function would differ by more than any receipt allows
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.set_deterministic_debug_mode("warn")
+    if found.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
         yield found
     finally:
         torch.set_deterministic_debug_mode(before)
+        if found.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         torch.random.set_rng_state(state)
 
 
