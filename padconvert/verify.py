@@ -192,8 +192,12 @@ def probe_check(checkpoint: Checkpoint, model: nn.Module) -> Check:
     if record is None:
         return Check("probe", True, None, None, "none was stored: the model could not be called when it was made")
     args, kwargs = spec_of(record).make(record.batch, device_of(model))
-    with untouched(model):
-        outputs = flat_outputs(call(model, args, kwargs))
+    try:
+        with untouched(model):
+            outputs = flat_outputs(call(model, args, kwargs))
+    except Exception as error:  # whatever the model's own code raises
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        return Check("probe", False, None, None, f"the model cannot be called as when it was made ({why})")
     _, relative = compare_outputs(record, outputs)
     limit = PROBE_TOLERANCE[_coarsest(outputs)]
     return Check("probe", relative <= limit, relative, limit, "outputs as when it was made, max|Δ| / max|y|")

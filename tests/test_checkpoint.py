@@ -35,7 +35,7 @@ from checkpoint_cases import (
 from padconvert.checkpoint.bitmask import count_bits
 from padconvert.checkpoint.header import encode_header, read_header
 from padconvert.checkpoint.layout import expected_tensors
-from padconvert.checkpoint.manifest import KEY, LayerEntry, Manifest, manifest_from_json, manifest_to_json
+from padconvert.checkpoint.manifest import LayerEntry, Manifest, manifest_from_json, manifest_to_json, sealed
 from padconvert.checkpoint.read import Checkpoint, is_artefact, read_checkpoint
 from padconvert.checkpoint.tensor_bytes import view_bytes
 from padconvert.checkpoint.write import write_checkpoint
@@ -64,7 +64,7 @@ def write(folder: Path, whole: Manifest, tensors: Tensors) -> Checkpoint:
 def forge(path: Path, document: dict[str, Any], tensors: Tensors) -> Path:
     """A file with any manifest and any tensors, past the writer's own checks."""
     stored = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()}
-    encoded, header = encode_header(stored, {"format": "pt", KEY: json.dumps(document)})
+    encoded, header = encode_header(stored, sealed(json.dumps(document), stored))
     path.write_bytes(encoded + b"".join(view_bytes(tensors[name]) for name in header.tensors))
     return path
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -20,6 +22,10 @@ from padconvert.layers.facts import LayerFacts
 FORMAT = 1
 #: the metadata key under which the manifest stands
 KEY = "padconvert"
+#: and its checksum, which covers the tensors' names, dtypes and shapes too
+CRC_KEY = "padconvert_crc32"
+
+Specs = Mapping[str, tuple[str, tuple[int, ...]]]
 
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
@@ -134,6 +140,27 @@ def manifest_to_json(manifest: Manifest) -> str:
     """Compact, with sorted keys: equal manifests give equal text."""
     document = dataclasses.asdict(manifest)
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def metadata_of(manifest: Manifest, specs: Specs) -> dict[str, str]:
+    """What stands in the header's metadata of a file with tensors of these (dtype, shape)."""
+    return sealed(manifest_to_json(manifest), specs)
+
+
+def sealed(text: str, specs: Specs) -> dict[str, str]:
+    """The metadata of a manifest's text."""
+    return {"format": "pt", KEY: text, CRC_KEY: _checksum(text, specs)}
+
+
+def check_seal(metadata: Mapping[str, str], specs: Specs) -> None:
+    """Raises FileError where a bit of the manifest, or of what the header says of the tensors, is not as written."""
+    if metadata.get(CRC_KEY) != _checksum(metadata[KEY], specs):
+        raise FileError("the header is damaged: its checksum does not fit. Copy the file again, or make it again.")
+
+
+def _checksum(text: str, specs: Specs) -> str:
+    shapes = json.dumps(sorted((name, *spec) for name, spec in specs.items()))
+    return f"{zlib.crc32((text + shapes).encode('utf-8', 'surrogatepass')):08x}"
 
 
 def manifest_from_json(text: str) -> Manifest:

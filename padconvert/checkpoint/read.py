@@ -12,7 +12,7 @@ from torch import Tensor
 from padconvert.checkpoint.bitmask import PlacementChecks
 from padconvert.checkpoint.header import Header, header_of, open_regular, quote, read_metadata
 from padconvert.checkpoint.layout import check_layout
-from padconvert.checkpoint.manifest import KEY, Manifest, manifest_from_json
+from padconvert.checkpoint.manifest import KEY, Manifest, check_seal, manifest_from_json
 from padconvert.checkpoint.tensor_bytes import crc32_of, tensor_of
 from padconvert.errors import FileError
 from padconvert.results import Check
@@ -100,6 +100,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise FileError(f"{path}: a safetensors file, but no padconvert artefact: it holds no manifest.")
     try:
         manifest = manifest_from_json(text)
+        check_seal(file.header.metadata, {name: (slot.dtype, slot.shape) for name, slot in file.header.tensors.items()})
         check_layout(manifest, file.header)
     except FileError as error:
         raise FileError(f"{path}: {error}") from None

@@ -23,7 +23,7 @@ from torch import Tensor
 from padconvert.checkpoint.bitmask import PlacementChecks
 from padconvert.checkpoint.header import Header, encode_header, quote
 from padconvert.checkpoint.layout import Spec, all_expected, check_layout
-from padconvert.checkpoint.manifest import KEY, Manifest, manifest_to_json
+from padconvert.checkpoint.manifest import Manifest, metadata_of
 from padconvert.checkpoint.tensor_bytes import crc32_of, place_of, spec_of, view_bytes
 from padconvert.errors import FileError, PadconvertError, UsageError
 
@@ -58,7 +58,7 @@ def write_checkpoint(
     """
     check_target(path, force=force, source=source)
     specs, manifest = _survey(tensors, manifest)
-    encoded, header = encode_header(specs, {"format": "pt", KEY: manifest_to_json(manifest)})
+    encoded, header = encode_header(specs, metadata_of(manifest, specs))
     check_layout(manifest, header)
     target = Path(os.path.realpath(path))  # a link stays a link
     try:
