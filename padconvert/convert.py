@@ -152,7 +152,8 @@ def _plan(
 
 def _check_trains(route: Route, options: ConvertOptions, why_not: str | None) -> None:
     """Raises UsageError for an option that only training can obey where nothing is trained."""
-    asked = [flag for flag, given in (("--compare", options.compare), ("--eval-data", options.eval_data)) if given]
+    flags = ("compare", "eval_data", "steps", "batch_size", "lr")
+    asked = ["--" + flag.replace("_", "-") for flag in flags if getattr(options, flag)]
     if route == "data-free" and asked:
         raise UsageError(f"{asked[0]}: nothing is trained in this run. {why_not or 'Name training data with --data.'}")
 

@@ -21,6 +21,7 @@ import padconvert.finetune.resume
 from padconvert import ConvertOptions, convert
 from padconvert.__main__ import main
 from padconvert.errors import FileError, Interrupted, UsageError
+from padconvert.finetune.resume import WorkDir
 from padconvert.progress import Silent
 from padconvert.results import Conversion
 
@@ -350,3 +351,16 @@ def test_ctrl_c_on_the_command_line_is_130(
     assert "--work-dir DIR" in captured.err
     assert json.loads(captured.out)["exit_code"] == 130
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_cannot_share_a_work_directory(tmp_path: Path) -> None:
+    hold = "import sys; from padconvert.finetune.resume import WorkDir; from pathlib import Path\n"
+    hold += "kept = WorkDir(Path(sys.argv[1]), {'seed': 0}); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(tmp_path / "work")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UsageError, match="another run is using it"):
+            WorkDir(tmp_path / "work", {"seed": 0})
+        other.communicate("")
+    WorkDir(tmp_path / "work", {"seed": 0})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import weakref
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +42,7 @@ class WorkDir:
         record = path / "run.json"
         try:
             path.mkdir(parents=True, exist_ok=True)
+            weakref.finalize(self, os.close, _lock(path))
             if record.exists():
                 _check_same(path, _terms(record.read_bytes()), json.loads(json.dumps(fingerprint)))
             else:
@@ -55,6 +57,23 @@ class WorkDir:
     def keeper(self, name: str, train: OptimizerPolicy) -> FileKeeper:
         """The keeper of one trained variant ("output", "static", "fully_dynamic")."""
         return FileKeeper(self.path / f"{name}.safetensors", train)
+
+
+def _lock(path: Path) -> int:
+    """A descriptor locked as long as it is open, so that no second process writes the same states."""
+    descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        import fcntl
+
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # no such lock on this system
+        pass
+    except (BlockingIOError, PermissionError):
+        os.close(descriptor)
+        raise UsageError(
+            f"--work-dir {path}: another run is using it. Wait for its end, or name another folder."
+        ) from None
+    return descriptor
 
 
 def _terms(content: bytes) -> dict[str, Any]:
