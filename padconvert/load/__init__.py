@@ -16,6 +16,9 @@ from padconvert.errors import FileError, UnsafeError, UsageError
 from padconvert.load.detect import InputKind as InputKind
 from padconvert.load.detect import detect as detect
 from padconvert.load.detect import refusal
+from padconvert.load.exported import load_exported
+from padconvert.load.exported_lift import ExportedModule, build_exported
+from padconvert.load.exported_program import unpacked
 from padconvert.load.factory import architecture_of, build_factory, check_factory_trusted, put_tensors_
 from padconvert.load.names import check_trust
 from padconvert.load.pickled_file import load_pickled
@@ -78,12 +81,17 @@ def _load(path: Path, trust: tuple[str, ...]) -> tuple[str, nn.Module | None, Ma
         case InputKind.SAFETENSORS:
             tensors, notes = load_safetensors(path)
             return "safetensors", None, tensors, notes
+        case InputKind.EXPORTED:
+            return load_exported(path)
         case other:
             raise refusal(other, path)
 
 
 def describe(module: nn.Module, trust: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The architecture of a module as a skeleton, and the tensors it needs beside the state dict; or why not."""
+    """The architecture of a module as a skeleton (of an exported program: its graph), and the tensors it needs beside
+    the state dict; or why not."""
+    if isinstance(module, ExportedModule):
+        return module.architecture(), module.extra_tensors()
     try:
         skeleton, extra = skeleton_of(module, trust)
     except (UnsafeError, FileError) as error:
@@ -113,6 +121,9 @@ def rebuild(
             return module
         case "skeleton":
             return module_from(architecture.get("skeleton"), tensors, packages, missing_ok)
+        case "graph":
+            where = "the artefact's graph"
+            return build_exported(unpacked(architecture, where), tensors, where, missing_ok)
         case "none":
             why = architecture.get("why")
             raise FileError(f"the artefact cannot rebuild its network ({why}). Load it with into=, a module of yours.")

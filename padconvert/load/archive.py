@@ -17,8 +17,9 @@ _LOCAL = struct.Struct("<4s5H3I2H")
 _END_BYTES = 22
 
 
-def members(file: MappedFile) -> dict[str, Region]:
-    """Each member's name inside the archive's one top folder, and where its bytes lie.
+def members(file: MappedFile, writer: str = "torch.save") -> dict[str, Region]:
+    """Each member's name inside the archive's one top folder, and where its bytes lie. `writer` is named as the way
+    to a sound archive.
 
     Raises FileError for a damaged archive, UnsafeError for one that two readers would read differently.
     """
@@ -29,11 +30,11 @@ def members(file: MappedFile) -> dict[str, Region]:
         raise FileError(
             f"{file.path}: a zip archive that is damaged or cut off ({error}). Save or download it again."
         ) from error
-    _check_names(file, infos)
+    _check_names(file, infos, writer)
     if comment or file.read(Region(file.size - _END_BYTES, 4)) != b"PK\x05\x06":
-        raise UnsafeError(f"{file.path}: bytes follow the zip archive's end. Save it again with torch.save.")
-    regions = {info.filename: _region(file, info) for info in infos}
-    _check_layout(file, infos, regions)
+        raise UnsafeError(f"{file.path}: bytes follow the zip archive's end. Save it again with {writer}.")
+    regions = {info.filename: _region(file, info, writer) for info in infos}
+    _check_layout(file, infos, regions, writer)
     return {_inner(name): region for name, region in regions.items()}
 
 
@@ -41,11 +42,11 @@ def _inner(name: str) -> str:
     return name.split("/", 1)[1]
 
 
-def _check_names(file: MappedFile, infos: list[zipfile.ZipInfo]) -> None:
+def _check_names(file: MappedFile, infos: list[zipfile.ZipInfo], writer: str) -> None:
     names = [info.filename for info in infos]
     folded = {name.casefold() for name in names}
     if len(folded) != len(names):
-        raise UnsafeError(f"{file.path}: two members of the archive have the same name. Save it again with torch.save.")
+        raise UnsafeError(f"{file.path}: two members of the archive have the same name. Save it again with {writer}.")
     for name in names:
         parts = PurePosixPath(name).parts
         if (
@@ -55,16 +56,16 @@ def _check_names(file: MappedFile, infos: list[zipfile.ZipInfo]) -> None:
             or "\\" in name
             or "/" + "/".join(parts) != "/" + name
         ):
-            raise UnsafeError(f"{file.path}: member {name!r} is not a plain path. Save it again with torch.save.")
+            raise UnsafeError(f"{file.path}: member {name!r} is not a plain path. Save it again with {writer}.")
     if len({name.split("/", 1)[0] for name in names}) > 1:
-        raise UnsafeError(f"{file.path}: the archive has more than one top folder. Save it again with torch.save.")
+        raise UnsafeError(f"{file.path}: the archive has more than one top folder. Save it again with {writer}.")
 
 
-def _region(file: MappedFile, info: zipfile.ZipInfo) -> Region:
+def _region(file: MappedFile, info: zipfile.ZipInfo, writer: str) -> Region:
     if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
         raise UnsafeError(
             f"{file.path}: member {info.filename!r} is compressed or encrypted; torch stores its members plain. "
-            "Load and save the model again with torch.save."
+            f"Load and save the model again with {writer}."
         )
     header = file.read(Region(info.header_offset, _LOCAL.size))
     if len(header) < _LOCAL.size:
@@ -79,13 +80,13 @@ def _region(file: MappedFile, info: zipfile.ZipInfo) -> Region:
     return Region(start, info.file_size)
 
 
-def _check_layout(file: MappedFile, infos: list[zipfile.ZipInfo], regions: dict[str, Region]) -> None:
+def _check_layout(file: MappedFile, infos: list[zipfile.ZipInfo], regions: dict[str, Region], writer: str) -> None:
     """The members follow one another from byte 0 without overlapping."""
     end = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
         if (end == 0 and info.header_offset != 0) or info.header_offset < end:
             raise UnsafeError(
                 f"{file.path}: the archive does not begin at its first byte, or its members overlap. "
-                "Save it again with torch.save."
+                f"Save it again with {writer}."
             )
         end = regions[info.filename].start + regions[info.filename].size

@@ -13,6 +13,7 @@ from torch import Tensor
 from padconvert.errors import FileError, UnsafeError
 from padconvert.load.build import build
 from padconvert.load.detect import InputKind, detect, refusal
+from padconvert.load.exported import audit_exported
 from padconvert.load.names import check_trust, refused_names
 from padconvert.load.nodes import ObjectNode, TensorNode, View
 from padconvert.load.reader import Pickled, read
@@ -22,8 +23,8 @@ from padconvert.load.storages import check_view, torch_dtype
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """`names`: every class and function the file mentions; `refused`: those that nobody allows; `verdict`: "loads",
-    or the message with which loading would stop."""
+    """`names`: every class and function the file mentions (of an exported program: every member, operation and size);
+    `refused`: those that nobody allows; `verdict`: "loads", or the message with which loading would stop."""
 
     kind: str
     names: list[str]
@@ -43,6 +44,8 @@ def audit(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> Audit:
             return _audit_pickle(place, packages)
         case InputKind.SAFETENSORS | InputKind.ARTEFACT:
             return Audit(kind.value, [], [], "loads")
+        case InputKind.EXPORTED:
+            return Audit("exported", *audit_exported(place))
         case _:
             raise refusal(kind, place)
 

@@ -112,9 +112,6 @@ def refusal(kind: InputKind, path: str | os.PathLike[str]) -> FileError:
         case InputKind.TORCHSCRIPT:
             what = "TorchScript cannot be converted: export the model again with torch.export.save, save the module "
             what += "itself with torch.save, or give its state dict and --arch"
-        case InputKind.EXPORTED:
-            what = "an exported program (.pt2) is not read yet: save the module itself with torch.save, or give its "
-            what += "state dict and --arch"
         case InputKind.TRANSFORMERS:
             what = "a transformers directory is not read yet: save the module itself with torch.save(model, 'model.pt')"
         case InputKind.ARTEFACT:

@@ -30,7 +30,10 @@ def float_dtype(module: nn.Module) -> torch.dtype:
 
 
 def guesses(module: nn.Module) -> Iterator[Guess]:
-    """Guesses from a transformers config where there is one, else from the module's first layers."""
+    """The inputs that an exported program brings along; from a transformers config; else from the first layers."""
+    known = getattr(module, "known_inputs", ())
+    if isinstance(known, tuple) and known and all(isinstance(each, InputSpec) for each in known):
+        yield known, "the inputs that the program was exported with"
     if hasattr(module, "config") and isinstance(getattr(module, "main_input_name", None), str):
         yield from _transformers_guesses(module)
     copies = _required_arguments(module)
