@@ -17,8 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import padconvert.checkpoint.whole_file
 from checkpoint_cases import entry, manifest, same_bits, tensors_of
 from padconvert.checkpoint.read import read_checkpoint
+from padconvert.checkpoint.whole_file import write_text
 from padconvert.checkpoint.write import write_checkpoint
 from padconvert.errors import FileError, PadconvertError, UsageError
 
@@ -172,12 +174,72 @@ def test_a_kill_leaves_the_old_file_whole(tmp_path: Path) -> None:
     assert run(script, path).returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old"
     assert [p.suffix for p in tmp_path.iterdir() if p != path] == [".tmp"]  # it really was half-way
+    (tmp_path / ".padconvert-notes.tmp").write_bytes(b"somebody's own")
+    write_checkpoint(tmp_path / "y", {}, manifest())
+    assert len(list(tmp_path.iterdir())) == 4  # another output's leftover stays
+    write_checkpoint(path, {}, manifest(), force=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".padconvert-notes.tmp", "x", "y"]
+
+
+def test_what_a_live_run_is_writing_is_no_leftover(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    script = (
+        "import sys; from test_checkpoint_write import Watched, manifest, write_checkpoint\n"
+        "wait = lambda: (print('writing', flush=True), sys.stdin.read())\n"
+        "write_checkpoint(sys.argv[1], Watched(4, wait), manifest(), force=True)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(path)], env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"writing\n"
+        write_checkpoint(path, {}, manifest())
+        ours = path.read_bytes()
+        assert len(list(tmp_path.iterdir())) == 2
+        other.communicate(b"")
+    assert other.returncode == 0
+    assert path.read_bytes() != ours
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_taken_away_before_it_was_locked_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run looked for leftovers in the moment between opening and locking."""
+    lock = padconvert.checkpoint.whole_file._lock
+    taken: list[Path] = []
+
+    def slow(descriptor: int, *, wait: bool) -> bool:
+        if not taken:
+            taken.extend(tmp_path.iterdir())
+            taken[0].unlink()
+        return lock(descriptor, wait=wait)
+
+    monkeypatch.setattr(padconvert.checkpoint.whole_file, "_lock", slow)
+    write_checkpoint(tmp_path / "x", {"a": torch.arange(3.0)}, manifest())
+    assert len(taken) == 1
+    assert same_bits(read_checkpoint(tmp_path / "x").tensor("a"), torch.arange(3.0))
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+def test_a_text_file_is_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("real.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(FileError, match=r"link\.json: cannot be written .No space left on device"):
+            write_text(tmp_path / "link.json", "new")
+    assert (tmp_path / "real.json").read_text() == "old"
+    write_text(tmp_path / "link.json", "näu")
+    assert (tmp_path / "real.json").read_text(encoding="utf-8") == "näu"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.json", "real.json"]
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
 
 
 def run(script: str, path: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", script, str(path)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
 
 
 def test_a_tensor_that_changes_while_it_is_written(tmp_path: Path) -> None:

@@ -7,13 +7,11 @@ demand streams.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import hashlib
 import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +23,7 @@ from padconvert.checkpoint.header import Header, encode_header, quote
 from padconvert.checkpoint.layout import Spec, all_expected, check_layout
 from padconvert.checkpoint.manifest import Manifest, metadata_of
 from padconvert.checkpoint.tensor_bytes import crc32_of, place_of, spec_of, view_bytes
+from padconvert.checkpoint.whole_file import sibling
 from padconvert.errors import FileError, PadconvertError, UsageError
 
 #: bytes handed to the file and to sha256 at a time
@@ -62,7 +61,7 @@ def write_checkpoint(
     check_layout(manifest, header)
     target = Path(os.path.realpath(path))  # a link stays a link
     try:
-        with _sibling(target) as (temporary, file):
+        with sibling(target) as (temporary, file):
             digest = _write_all(file, encoded, header, manifest, tensors)
             if check is not None:
                 check(temporary)
@@ -144,19 +143,6 @@ def _write_all(
     file.flush()
     os.fsync(file.fileno())
     return sha256.hexdigest()
-
-
-@contextlib.contextmanager
-def _sibling(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new file beside the target, gone again unless it was renamed. A kill leaves it behind, never a torn target."""
-    temporary = target.parent / f".padconvert-{secrets.token_hex(8)}.tmp"
-    # not tempfile: its files are private to the user, an artefact gets the permissions any new file gets
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield temporary, file
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -26,9 +26,10 @@ def run_convert(source: Path, options: ConvertOptions, *, as_json: bool, report:
     with shown(quiet=quiet) as progress:
         result = convert(source, options, progress)
     if report is not None:
+        from padconvert.checkpoint.whole_file import write_text
         from padconvert.report.html import page
 
-        report.write_text(page(result), encoding="utf-8")
+        write_text(report, page(result))
     show(result, as_json=as_json)
 
 
@@ -48,5 +49,6 @@ def _check_report(path: Path) -> None:
         raise FileError(f"--report {path}: its folder does not exist")
     if path.is_dir():
         raise UsageError(f"--report {path}: is a folder; name a file")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+    target = Path(os.path.realpath(path))  # it is written beside itself, then renamed
+    if not os.access(target.parent, os.W_OK | os.X_OK) or (target.exists() and not os.access(target, os.W_OK)):
         raise FileError(f"--report {path}: cannot be written to")
