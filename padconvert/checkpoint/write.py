@@ -86,6 +86,8 @@ def check_target(
 
 def _check_target(path: Path, force: bool, source: str | os.PathLike[str] | None) -> None:
     target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise UsageError(f"{path} is a link that leads in a circle; name another file with -o.")
     if target.is_dir():
         raise UsageError(f"{path} is a folder; name a file to write, for instance {target / 'model.pad.safetensors'}.")
     if target.exists():
