@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from padconvert.errors import FileError, Interrupted, PadconvertError, UsageError
 
 BROKEN_PIPE = 141  # what a shell reports for a writer whose reader has left
+_INTERRUPTED = "interrupted; no file is half-written (a run with --work-dir can be resumed)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code (`padconvert.errors`); `arguments` default to `sys.argv`.
 
     An error is a line on stderr; with `--json` it is one JSON document on stdout as well. An exception nobody
-    raised on purpose is exit code 1, and PADCONVERT_DEBUG=1 lets its traceback through.
+    raised on purpose is exit code 1, and PADCONVERT_DEBUG=1 lets its traceback through. SIGTERM ends as Ctrl-C does.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    with _terminable():
+        return _main(words)
+
+
+def _main(words: list[str]) -> int:
     try:
         exit_code = _run(words)
         sys.stdout.flush()
         return exit_code
     except BrokenPipeError:
-        # Python flushes stdout once more on its way out: give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()
         return BROKEN_PIPE
+    except KeyboardInterrupt:  # before or after typer, which hands its own on
+        return _fail(words, Interrupted(_INTERRUPTED))
     except PadconvertError as error:
         return _fail(words, error)
     except SystemExit as error:  # not typer's way out: somebody's code called sys.exit, and the work is not done
@@ -39,12 +48,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(words, _deliberate(error))
 
 
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt here, once, so that what was begun is cleaned up."""
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: signals are none of our business
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _abandon_stdout() -> None:
+    # Python flushes stdout once more on its way out: give it somewhere to go.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _run(words: list[str]) -> int:
     from padconvert.cli.app import app
 
     returned = app(words, prog_name="padconvert", standalone_mode=False)
     if returned == Interrupted.exit_code:  # how typer hands on a Ctrl-C
-        raise Interrupted("interrupted; nothing was written (a run with --work-dir can be resumed)")
+        raise Interrupted(_INTERRUPTED)
     return returned if isinstance(returned, int) else 0
 
 
@@ -53,7 +86,7 @@ def _deliberate(error: Exception) -> PadconvertError:
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's own, which it keeps private
         return _usage(error)
     if isinstance(error, OSError) and error.strerror:
-        return FileError(f"{error.filename or 'a file'}: {error.strerror}")
+        return FileError(f"{error.filename or 'a file or the standard output'}: {error.strerror}")
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
         return PadconvertError("there is not enough memory. Take fewer experts, smaller batches, or a larger machine.")
     first_line = (str(error).splitlines() or [""])[0]
@@ -70,11 +103,19 @@ def _usage(error: Exception) -> UsageError:
 
 
 def _fail(words: list[str], error: PadconvertError) -> int:
+    try:
+        _say(words, error)
+        sys.stdout.flush()
+    except OSError:  # it is stdout or stderr that cannot be written to; the exit code still says it
+        _abandon_stdout()
+    return error.exit_code
+
+
+def _say(words: list[str], error: PadconvertError) -> None:
     print(f"error: {error}", file=sys.stderr)
     if "--json" in words:
         document = {"schema": "padconvert.error/1", "error": str(error), "exit_code": error.exit_code}
         print(json.dumps(document, ensure_ascii=False))
-    return error.exit_code
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch import nn
 
 from padconvert.account import file_totals, layer_results, planned_totals
 from padconvert.checkpoint.read import read_checkpoint
+from padconvert.checkpoint.whole_file import write_text
 from padconvert.checkpoint.write import check_target
 from padconvert.errors import FileError, UsageError, VerificationError
 from padconvert.finetune.data.sources import Data, open_data
@@ -54,7 +55,7 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
         walked = walk(opened.static, probe)
         plan, why_not = _plan(opened, walked, resolved, options, data)
         if options.plan_out is not None:
-            _write_text(options.plan_out, plan_to_json(plan))
+            write_text(options.plan_out, plan_to_json(plan))
         clock.lap("plan")
         if options.dry_run:
             return _dry_run(opened, plan, walked, resolved, options, clock)
@@ -101,17 +102,20 @@ def _check_files(source: Path, output: Path, options: ConvertOptions) -> None:
     """Nothing that is there is replaced unasked, and no file is asked to be two things."""
     if not options.dry_run:
         check_target(output, force=options.force, source=source)
+        _check_not_read(output, options)
     if options.plan_out is not None:
         check_target(options.plan_out, force=options.force, source=source)
+        _check_not_read(options.plan_out, options)
         if not options.dry_run and options.plan_out.resolve() == output.resolve():
             raise UsageError(f"--plan-out {options.plan_out}: is the output as well; name another file.")
 
 
-def _write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise FileError(f"{path}: cannot be written ({error.strerror or error}).") from error
+def _check_not_read(target: Path, options: ConvertOptions) -> None:
+    """Raises UsageError for an output that is one of this run's inputs, forced or not."""
+    inputs = (*options.data, *options.eval_data, options.policy, options.plan)
+    for path in (Path(each) for each in inputs if each is not None):
+        if target.exists() and path.exists() and target.samefile(path):
+            raise UsageError(f"{target} is read by this run, so it is never overwritten; name another file.")
 
 
 # ---- plan --------------------------------------------------------------------------------------------------------
