@@ -139,7 +139,7 @@ def distance(expected: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[float
     for a, b in zip(expected, found, strict=True):
         a, b = a.double(), b.double()
         same = (a == b) | (a.isnan() & b.isnan())
-        difference = float((a - b).abs().nan_to_num(nan=torch.inf).masked_fill(same, 0).max()) if a.numel() else 0.0
+        difference = float((a - b).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).masked_fill(same, 0).max()) if a.numel() else 0.0
         finite = a[a.isfinite()]
         scale = float(finite.abs().max()) if finite.numel() else 0.0
         max_abs = max(max_abs, difference)

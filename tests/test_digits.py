@@ -92,7 +92,8 @@ for name, seed, granularity, data in (
     ("trained_element", 3, "element", ("train.npz",)), ("trained_channel", 3, "channel", ("train.npz",)),
     ("other_data_free", 4, "element", ()), ("other_trained", 4, "element", ("train.npz",)),
 ):
-    options = ConvertOptions(output=out / name, seed=seed, granularity=granularity, steps=10, batch_size=32,
+    steps, batch = (10, 32) if data else (None, None)
+    options = ConvertOptions(output=out / name, seed=seed, granularity=granularity, steps=steps, batch_size=batch,
                              data=tuple(str(folder / one) for one in data),
                              sets=("train.warmup=0.3", "partition.batches=2", "train.lr=0.05"))
     convert(folder / "model.pt", options)

@@ -227,6 +227,8 @@ def test_a_kept_run_goes_on_where_it_was() -> None:
 
     whole, halved = fresh(), fresh()
     finetune_(whole, trainer.setting, Silent())
+    held = {id(p) for group in whole.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in whole.model.parameters()}, "the optimizer follows every round"
     setting: Setting = trainer.setting
     with pytest.raises(Stop):
         finetune_(halved, setting, Silent(), StopAt())

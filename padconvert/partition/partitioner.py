@@ -90,12 +90,11 @@ class Partitioner:
 
     def _kept_in_pool(self, t: int, pool: Pool, scores: Mapping[Part, Tensor]) -> dict[Part, Tensor]:
         views = [self.layers[name].view("weight") for name in pool.names]
-        entries = count_at(pool.ratio, self.rounds, t, self.schedule, pool.n_entries)
         masks = keep_across_layers(
             [scores[name, "weight"] for name in pool.names],
             [view.size for view in views],
             [view.units for view in views],
-            pool.target if t == self.rounds else entries,
+            count_at(pool.ratio, self.rounds, t, self.schedule, pool.n_entries),
         )
         return {(name, "weight"): mask for name, mask in zip(pool.names, masks, strict=True)}
 
