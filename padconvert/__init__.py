@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     __version__: str
+    from padconvert.api import export as export
     from padconvert.api import fold as fold
     from padconvert.api import plan as plan
     from padconvert.api import save as save
@@ -29,6 +30,7 @@ _HOMES = {
     "PadconvertError": "padconvert.errors",
     "Partitioner": "padconvert.partition",
     "convert": "padconvert.convert",
+    "export": "padconvert.api",
     "fold": "padconvert.api",
     "fold_": "padconvert.fold",
     "load": "padconvert.load.artefact",

@@ -5,6 +5,7 @@ padconvert.rewrite_(model, plan)                     # the same function, fully 
 partitioner = padconvert.Partitioner(model, plan)    # .round_(t, losses) between training steps
 padconvert.save(padconvert.fold(model), "model.pad.safetensors")
 model = padconvert.load("model.pad.safetensors")
+padconvert.export("model.pad.safetensors", "model.pt2")
 """
 
 from __future__ import annotations
@@ -16,15 +17,21 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from padconvert.checkpoint.read import read_checkpoint
 from padconvert.checkpoint.save import experts_are_equal, provenance_of, save_model
-from padconvert.checkpoint.write import WrittenFile
+from padconvert.checkpoint.write import WrittenFile, check_target
+from padconvert.errors import FileError, UsageError
+from padconvert.export.pt2 import write_pt2
 from padconvert.fold import fold_
 from padconvert.load import describe
+from padconvert.load.artefact import load_checkpoint
 from padconvert.load.opened import static_twin
 from padconvert.load.source import own_tensors
 from padconvert.plan import Plan, Route, make_plan
 from padconvert.policy import Policy, Resolved, load_policy
+from padconvert.results import Verification
 from padconvert.rewrite import pad_layers
+from padconvert.verify import spec_of
 from padconvert.walk import walk
 from padconvert.walk.probe import find_probe, probe_of_batch
 from padconvert.walk.quiet import device_of
@@ -101,3 +108,35 @@ def save(
         extra_tensors=extra,
         force=force,
     )
+
+
+def export(
+    artefact: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    format: str = "pt2",
+    into: nn.Module | None = None,
+    trust: Sequence[str] = (),
+    force: bool = False,
+) -> Verification:
+    """Write an artefact as an exported program (`.pt2`), which torch.export.load reads without padconvert.
+
+    Returns the checks of the written file against the artefact's model, among them whether its batch is dynamic.
+    `into` and `trust` are as for `load`. Raises VerificationError where the program computes something else (nothing
+    is written then), UsageError where `output` exists without `force`, FileError where the artefact holds no probe
+    to call it with, or torch cannot export it.
+    """
+    if format != "pt2":
+        raise UsageError(f"--format {format}: 'pt2' is the format that can be written.")
+    source, target = Path(artefact), Path(output)
+    check_target(target, force=force, source=source)
+    checkpoint = read_checkpoint(source)
+    record = checkpoint.manifest.probe
+    if record is None:
+        raise FileError(
+            f"{source}: holds no inputs to export it with, for its network could not be called when it was made. "
+            "Convert the source again with --input-shape."
+        )
+    model = load_checkpoint(checkpoint, into=into, trust=trust)
+    checks = write_pt2(model, spec_of(record), target, force=force, source=source)
+    return Verification(str(target), checks, True, schema="padconvert.export/1")

@@ -26,6 +26,7 @@ OPTIONS = {
     "--device --dry-run --plan-out --force --json --report --quiet -q",
     "inspect": "--policy --preset --set --arch --arch-arg --input-shape --trust --json",
     "verify": "--against --data --arch --arch-arg --trust --device --json",
+    "export": "--output -o --format --trust --force --json",
     "doctor": "--json",
 }
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from padconvert.cli import convert, doctor, inspect, policy, verify
+from padconvert.cli import convert, doctor, export, inspect, policy, verify
 
 app = typer.Typer(
     name="padconvert",
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
+app.command("export")(export.export)
 app.add_typer(policy.app, name="policy")
 app.command("doctor")(doctor.doctor)
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from padconvert.layers.autocast import without_autocast
 from padconvert.layers.facts import LayerFacts
 from padconvert.layers.packed import Units, UnitView, assemble, pack_bits, unpack_bits
 from padconvert.layers.routers import RouterModule, router_class
@@ -175,7 +176,7 @@ class PadLayer(nn.Module, ABC):
     @property
     def mixing_dtype(self) -> torch.dtype:
         """π and the mix are computed in fp32, or fp64 for an fp64 layer."""
-        return torch.promote_types(self.stored_dtype, torch.float32)
+        return torch.float64 if self.stored_dtype == torch.float64 else torch.float32
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -199,7 +200,7 @@ class PadLayer(nn.Module, ABC):
 
     def route(self, x: Tensor) -> Tensor:
         """Routing weights π: [B, K], or [..., K] where single tokens are routed."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return cast(Tensor, self.router(self.pooled(x.to(self.mixing_dtype))))
 
     # ---- partition ---------------------------------------------------------------------------------------------

@@ -96,7 +96,8 @@ def notes_of(document: Json, module: ExportedModule) -> tuple[str, ...]:
         notes.append(f"exported for a batch of {batch} alone: it may refuse others. Export it with dynamic_shapes")
     left = sum(node.op == "call_function" and _is_layer(node.target) for node in module.graph.nodes)
     if left:
-        notes.append(f"{left} convolution or linear calls stay in the graph: their weights are computed or shared")
+        why = "transposed, or their weight is computed or shared"
+        notes.append(f"{left} convolution or linear calls stay in the graph: {why}")
     return tuple(notes)
 
 

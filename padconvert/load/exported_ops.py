@@ -73,8 +73,8 @@ SHAPE_OPERATIONS: dict[str, Callable[..., Any]] = {
        for name in ("sym_float", "sym_int", "sym_ite", "sym_max", "sym_min", "sym_not")},
 }  # fmt: skip
 
-# They check what was true when the program was exported: another precision or device is no mistake here.
-DROPPED = frozenset({"aten._assert_tensor_metadata.default"})
+# They give nothing, or check what was true at the export: another precision or device is no mistake here.
+DROPPED = frozenset({"aten._assert_tensor_metadata.default", "aten.promote_types.default"})
 
 _OVERLOAD = re.compile(r"aten\.(\w+)\.(\w+)\Z", re.ASCII)
 

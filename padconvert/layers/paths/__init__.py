@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from padconvert.layers.paths import aggregate, mix, static
@@ -19,14 +20,18 @@ if TYPE_CHECKING:
 
 def convolve(layer: PadConv, x: Tensor) -> Tensor:
     """[B, C, *spatial] → [B, O, *spatial']."""
-    if not layer.is_dynamic or len(x) == 0:
+    if not layer.is_dynamic:
+        return static.convolve(layer, x)
+    if torch.compiler.is_exporting():
+        return mix.convolve(layer, x)  # a group for every sample would fix the batch size
+    if len(x) == 0:
         return static.convolve(layer, x)
     return aggregate.convolve(layer, x)
 
 
 def project(layer: PadLinear, x: Tensor) -> Tensor:
     """[..., C] → [..., O]."""
-    if not layer.is_dynamic or x.numel() == 0:
+    if not layer.is_dynamic or (not torch.compiler.is_exporting() and x.numel() == 0):
         return static.project(layer, x)
     if x.dim() > 2 and not layer.pooling_is_per_token():
         return aggregate.project(layer, x)

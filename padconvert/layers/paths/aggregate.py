@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
+from padconvert.layers.autocast import without_autocast
 from padconvert.layers.paths.call import convolution
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def mixed(layer: PadLayer, part: str, routing_BK: Tensor) -> Tensor:
     """W(b) = Σ_k π_k(b) W_k for every sample: [B, *shape] in the mixing dtype."""
     full = layer.expert_tensors(part)
-    with torch.autocast(full.device.type, enabled=False):
+    with without_autocast(full):
         return (routing_BK.to(full.dtype) @ full.flatten(1)).reshape(len(routing_BK), *full.shape[1:])
 
 

@@ -1,4 +1,4 @@
-"""Mix: run every expert on every token and mix the outputs. The form for routing by token, and for export."""
+"""Mix: run every expert on every input and mix the outputs. The form for routing by token, and for export."""
 
 from __future__ import annotations
 
@@ -7,8 +7,29 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from padconvert.layers.autocast import without_autocast
+from padconvert.layers.paths.call import convolution
+
 if TYPE_CHECKING:
+    from padconvert.layers.conv import PadConv
     from padconvert.layers.linear import PadLinear
+
+
+def convolve(layer: PadConv, x: Tensor) -> Tensor:
+    """y = Σ_k π_k (W_k ∗ x + b_k): [B, C, *spatial] → [B, O, *spatial'], the sum over experts in the mixing dtype.
+
+    K convolutions in place of one, but none knows the batch size: what an exported program needs.
+    """
+    routing_BK = layer.route(x)
+    weight_KO = layer.expert_tensors("weight")
+    outs = [convolution(layer, x, weight_KO[k], None, layer.groups) for k in range(layer.num_experts)]
+    with without_autocast(x):
+        out_BKO = torch.stack(outs, 1).to(routing_BK.dtype)
+        mixed_BO = torch.einsum("bk,bko...->bo...", routing_BK, out_BKO)
+        if layer.has_bias:
+            bias_BO = routing_BK @ layer.expert_tensors("bias").to(routing_BK.dtype)
+            mixed_BO = mixed_BO + bias_BO.reshape(*bias_BO.shape, *(1,) * layer.spatial)
+    return mixed_BO.to(outs[0].dtype)
 
 
 def project(layer: PadLinear, x: Tensor) -> Tensor:
@@ -17,7 +38,7 @@ def project(layer: PadLinear, x: Tensor) -> Tensor:
     weight_KOI = layer.expert_tensors("weight").to(x.dtype)
     out_TKO = torch.nn.functional.linear(x.reshape(-1, layer.in_features), weight_KOI.flatten(0, 1))
     out_TKO = out_TKO.reshape(-1, layer.num_experts, layer.out_features)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         mixed_TO = torch.einsum("tk,tko->to", routing_TK, out_TKO.to(routing_TK.dtype))
         if layer.has_bias:
             mixed_TO = mixed_TO + routing_TK @ layer.expert_tensors("bias").to(routing_TK.dtype)
