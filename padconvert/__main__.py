@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 
-from padconvert.errors import FileError, Interrupted, PadconvertError, UsageError
+from padconvert.errors import FileError, GateError, Interrupted, PadconvertError, UsageError
 
 BROKEN_PIPE = 141  # what a shell reports for a writer whose reader has left
 _INTERRUPTED = "interrupted; no file is half-written (a run with --work-dir can be resumed)"
@@ -114,7 +114,13 @@ def _fail(words: list[str], error: PadconvertError) -> int:
 def _say(words: list[str], error: PadconvertError) -> None:
     print(f"error: {error}", file=sys.stderr)
     if "--json" in words:
-        document = {"schema": "padconvert.error/1", "error": str(error), "exit_code": error.exit_code}
+        document: dict[str, object] = {
+            "schema": "padconvert.error/1",
+            "error": str(error),
+            "exit_code": error.exit_code,
+        }
+        if isinstance(error, GateError):
+            document["gates"] = error.gates
         print(json.dumps(document, ensure_ascii=False))
 
 

@@ -11,19 +11,21 @@ from padconvert.account import file_totals, layer_results, planned_totals
 from padconvert.checkpoint.read import read_checkpoint
 from padconvert.checkpoint.whole_file import write_text
 from padconvert.checkpoint.write import check_target
-from padconvert.errors import FileError, UsageError, VerificationError
+from padconvert.errors import UsageError, VerificationError
 from padconvert.finetune.data.sources import Data, open_data
 from padconvert.finetune.objectives import dtype_of
 from padconvert.finetune.train import objective_of
 from padconvert.fold import fold_
+from padconvert.gates import accuracy_gate, hold, layers_gate, memory_gate, missed, size_gate, strict_gate
 from padconvert.load.opened import Opened, open_input
 from padconvert.neighbours import train_
 from padconvert.options import ConvertOptions
 from padconvert.plan import Plan, Route, check_plan_fits, check_plan_terms, make_plan, plan_to_json, read_plan
+from padconvert.plan.memory import least_file_bytes, peak_memory
 from padconvert.policy import Policy, Resolved
 from padconvert.precision import restore_dtypes_
 from padconvert.progress import Progress, Silent
-from padconvert.results import Conversion, Equality, OutputFile, SourceFile
+from padconvert.results import Conversion, Equality, Gate, OutputFile, SourceFile
 from padconvert.seal import Seal
 from padconvert.surroundings import Clock, resumable, settled
 from padconvert.verify import calls_on, equality
@@ -44,6 +46,7 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
     resolved = options.resolve_policy()
     output = options.output or default_output(Path(source))
     _check_files(Path(source), output, options)
+    _check_fits(Path(source), options)
     with settled(options.device) as device, resumable(options):
         progress.stage("load")
         opened = open_input(Path(source), options, device)
@@ -56,9 +59,10 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
         plan, why_not = _plan(opened, walked, resolved, options, data)
         if options.plan_out is not None:
             write_text(options.plan_out, plan_to_json(plan))
+        gates = _planned_gates(opened, plan, options)
         clock.lap("plan")
         if options.dry_run:
-            return _dry_run(opened, plan, walked, resolved, options, clock)
+            return _dry_run(opened, plan, walked, resolved, options, clock, gates)
 
         progress.stage("rewrite")
         model = opened.dynamic_copy(plan)
@@ -69,12 +73,15 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
         clock.lap("rewrite")
 
         trained = train_(opened, model, plan, data, options, device, progress)
+        if trained.comparison is not None:
+            measured = trained.comparison
+            gates = hold((*gates, *accuracy_gate(measured.source, measured.output, options.max_accuracy_drop)))
         clock.lap("train")
 
         progress.stage("write")
         fold_(model)
         restore_dtypes_(model, opened.module)
-        written = Seal(opened, plan, probe, options).write(model, output)
+        written = Seal(opened, plan, probe, options, gates).write(model, output)
         clock.lap("write")
     return Conversion(
         source=SourceFile(str(source), opened.kind, opened.bytes, opened.sha256),
@@ -89,6 +96,7 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
         warnings=tuple(why_not),
         notes=_notes(opened, resolved, plan, walked, data),
         history=tuple(trained.history),
+        gates=(*gates, *size_gate(written.bytes, options.max_size)),
     )
 
 
@@ -118,6 +126,14 @@ def _check_not_read(target: Path, options: ConvertOptions) -> None:
             raise UsageError(f"{target} is read by this run, so it is never overwritten; name another file.")
 
 
+def _check_fits(source: Path, options: ConvertOptions) -> None:
+    """Raises GateError for a source whose file alone is larger than the memory it may take."""
+    if source.is_file():
+        gates = memory_gate(source.stat().st_size, options.max_memory)
+        if missed(gates):
+            hold(gates)
+
+
 # ---- plan --------------------------------------------------------------------------------------------------------
 
 
@@ -143,6 +159,8 @@ def _plan(
         resolved = Resolved(_going_on(opened, policy), {}, resolved.notes)
     route: Route = "data-free" if data is None or why_not is not None else "trained"
     _check_trains(route, options, why_not)
+    if options.max_accuracy_drop is not None:
+        _check_measurable(data)
     if options.plan is not None:
         plan = read_plan(options.plan)
         check_plan_fits(plan, walked, opened.sha256)
@@ -156,10 +174,36 @@ def _plan(
 
 def _check_trains(route: Route, options: ConvertOptions, why_not: str | None) -> None:
     """Raises UsageError for an option that only training can obey where nothing is trained."""
-    flags = ("compare", "eval_data", "steps", "batch_size", "lr")
-    asked = ["--" + flag.replace("_", "-") for flag in flags if getattr(options, flag)]
+    flags = ("compare", "eval_data", "steps", "batch_size", "lr", "max_accuracy_drop")
+    asked = ["--" + flag.replace("_", "-") for flag in flags if getattr(options, flag) not in (None, False, ())]
     if route == "data-free" and asked:
         raise UsageError(f"{asked[0]}: nothing is trained in this run. {why_not or 'Name training data with --data.'}")
+
+
+def _check_measurable(data: Data | None) -> None:
+    """Raises UsageError unless there is evaluation data with class labels."""
+    assert data is not None, "something is trained"
+    if data.eval is None:
+        raise UsageError("--max-accuracy-drop: nothing is held out to measure on; name --eval-data or data.holdout.")
+    labels = data.eval.batch(torch.zeros(1, dtype=torch.int64)).labels
+    if labels is None or labels.is_floating_point():
+        what = "no labels" if labels is None else "numbers for labels, not classes"
+        raise UsageError(f"--max-accuracy-drop: the evaluation data has {what}, so there is no accuracy to measure.")
+
+
+def _planned_gates(opened: Opened, plan: Plan, options: ConvertOptions) -> tuple[Gate, ...]:
+    """The bounds that the plan decides. Raises GateError before any work where one is not met; a file may be refused
+    here already, but is only admitted once it is written."""
+    least = least_file_bytes(plan) - opened.repeated_bytes
+    controls = options.compare or plan.policy.train.compare
+    return hold(
+        (
+            *strict_gate(options.strict),
+            *layers_gate(len(plan.converted), options.require_layers),
+            *memory_gate(peak_memory(plan, controls=controls), options.max_memory),
+            *missed(size_gate(least, options.max_size)),
+        )
+    )
 
 
 def _going_on(opened: Opened, policy: Policy) -> Policy:
@@ -170,7 +214,13 @@ def _going_on(opened: Opened, policy: Policy) -> Policy:
 
 
 def _dry_run(
-    opened: Opened, plan: Plan, walked: Walk, resolved: Resolved, options: ConvertOptions, clock: Clock
+    opened: Opened,
+    plan: Plan,
+    walked: Walk,
+    resolved: Resolved,
+    options: ConvertOptions,
+    clock: Clock,
+    gates: tuple[Gate, ...],
 ) -> Conversion:
     return Conversion(
         source=SourceFile(str(opened.path), opened.kind, opened.bytes, opened.sha256),
@@ -184,6 +234,7 @@ def _dry_run(
         timing=clock.laps,
         warnings=(),
         notes=_notes(opened, resolved, plan, walked, None),
+        gates=gates,
     )
 
 

@@ -15,6 +15,8 @@ A message says where, what, and the next step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class PadconvertError(Exception):
     """The parent of every deliberate error. `exit_code` is what the command line returns."""
@@ -47,7 +49,13 @@ class VerificationError(PadconvertError):
 
 
 class GateError(PadconvertError):
+    """`gates` are all that were decided until then, met or not: name, value, bound, passed."""
+
     exit_code = 8
+
+    def __init__(self, message: str, gates: Sequence[dict[str, object]] = ()) -> None:
+        super().__init__(message)
+        self.gates = list(gates)
 
 
 class Interrupted(PadconvertError):

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from padconvert.errors import UsageError
-from padconvert.policy import Option, Resolved, load_policy, set_overrides
+from padconvert.gates import check_bounds, check_strict
+from padconvert.policy import Option, Resolved, load_policy, names_function, set_overrides
 
 #: the option of the command line, as a field of `ConvertOptions`, and the policy key that it sets
 POLICY_KEYS = {
@@ -64,10 +65,17 @@ class ConvertOptions:
     plan: Path | None = None
     plan_out: Path | None = None
     work_dir: Path | None = None
+    # bounds; sizes are bytes, the accuracy is a fraction
+    max_accuracy_drop: float | None = None
+    max_size: int | None = None
+    max_memory: int | None = None
+    require_layers: int | None = None
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= MAX_SEED:
             raise UsageError(f"--seed {self.seed}: take a whole number from 0 to {MAX_SEED}.")
+        check_bounds(self.max_accuracy_drop, self.max_size, self.max_memory, self.require_layers)
 
     def overrides(self) -> dict[str, object]:
         """What these options say about the policy, as `load_policy` takes it. A short form wins over `sets`.
@@ -83,5 +91,19 @@ class ConvertOptions:
         return said
 
     def resolve_policy(self) -> Resolved:
-        """The whole policy of this run and where each value was said. Raises PolicyError or UsageError."""
-        return load_policy(self.policy, self.preset, self.overrides(), self.working_file)
+        """The whole policy of this run and where each value was said. Raises PolicyError or UsageError, the latter
+        for `strict` too where anything names code."""
+        resolved = load_policy(self.policy, self.preset, self.overrides(), self.working_file)
+        if self.strict:
+            check_strict(self._unsafe(resolved))
+        return resolved
+
+    def _unsafe(self, resolved: Resolved) -> list[str]:
+        """The words of this call, or of its policy, that run or trust code."""
+        named = [f"--arch {self.arch}"] if self.arch else []
+        named += [f"--trust {package}" for package in self.trust]
+        for key, refs in (("train", resolved.policy.data.train), ("eval", resolved.policy.data.eval)):
+            origin = resolved.origins.get(f"data.{key}", f"data.{key}").removeprefix("option ")
+            code = [ref for ref in refs if names_function(ref) and not Path(ref).exists()]
+            named += [origin if ref in origin else f"{origin} {ref}" for ref in code]
+        return named

@@ -44,7 +44,6 @@ class Totals:
     bytes_header: int
     dynamic_ratio: float  # dynamic share of the converted layers' weight entries
     macs_source: int | None = None
-    macs_router: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +95,17 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
+class Gate:
+    """A bound that the user set, and what was measured: bytes, a number of layers, or a fraction for an accuracy.
+    `name` is the option's, with underscores."""
+
+    name: str
+    value: float
+    bound: float
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Conversion:
     """All of one `convert` run. `output` is None for a dry run."""
 
@@ -112,6 +122,8 @@ class Conversion:
     notes: tuple[str, ...] = ()
     #: per round of the partition: step, ratio, number of dynamic entries; and the loss curve
     history: tuple[dict[str, float], ...] = ()
+    #: the bounds that were decided; a dry run decides those that the plan alone can
+    gates: tuple[Gate, ...] = ()
     schema: str = field(default="padconvert.convert/1")
 
 

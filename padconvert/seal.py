@@ -14,10 +14,12 @@ from padconvert.checkpoint.read import Checkpoint, read_checkpoint
 from padconvert.checkpoint.save import provenance_of, save_model
 from padconvert.checkpoint.write import WrittenFile
 from padconvert.errors import VerificationError
+from padconvert.gates import hold, size_gate
 from padconvert.load.artefact import load_checkpoint
 from padconvert.load.opened import Opened
 from padconvert.options import ConvertOptions
 from padconvert.plan import Plan
+from padconvert.results import Gate
 from padconvert.verify import probe_check, runs
 from padconvert.walk.probe import ProbeSpec
 
@@ -30,9 +32,11 @@ class Seal:
     plan: Plan
     probe: ProbeSpec | None
     options: ConvertOptions
+    gates: tuple[Gate, ...] = ()  # those that are decided already
 
     def write(self, model: nn.Module, output: Path) -> WrittenFile:
-        """The folded model as a file. Raises VerificationError, and leaves no file, where it does not come back."""
+        """The folded model as a file. Raises VerificationError, and leaves no file, where it does not come back, and
+        GateError where it is larger than it may be."""
         trained = self.plan.route == "trained"
         probe = self.probe if self.probe is not None and runs(model, self.probe) else None
         return save_model(
@@ -57,6 +61,7 @@ class Seal:
 
     def _check_back(self, path: Path, model: nn.Module) -> None:
         """Hold the file's bytes against the plan, load it as a user would and hold its outputs against the record."""
+        hold((*self.gates, *size_gate(path.stat().st_size, self.options.max_size)))
         checkpoint = read_checkpoint(path)
         file_totals(self.plan, checkpoint, model, self.opened.sizes, self.opened.bytes)
         check = probe_check(checkpoint, self._loaded(checkpoint))

@@ -20,6 +20,7 @@ ORDER = [
     ["errors"],
     ["words", "allow"],
     ["results", "progress", "walk.info", "layers.facts"],
+    ["gates"],
     ["policy"],
     ["options"],
     ["surroundings"],

@@ -23,7 +23,8 @@ from padconvert.options import POLICY_KEYS, ConvertOptions
 OPTIONS = {
     "convert": "--output -o --dynamic-ratio --experts --granularity --policy --preset --set --plan --arch --arch-arg "
     "--input-shape --trust --data --eval-data --label-column --steps --batch-size --lr --compare --work-dir --seed "
-    "--device --dry-run --plan-out --force --json --report --quiet -q",
+    "--device --dry-run --plan-out --force --json --report --quiet -q --max-accuracy-drop --max-size --max-memory "
+    "--require-layers --strict",
     "inspect": "--policy --preset --set --arch --arch-arg --input-shape --trust --json",
     "verify": "--against --data --arch --arch-arg --trust --device --json",
     "export": "--output -o --format --trust --force --json",

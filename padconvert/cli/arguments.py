@@ -11,6 +11,7 @@ READING = "Reading the source"
 POLICY = "What is converted"
 TRAINING = "Data and training"
 OUTPUT = "Output"
+GATES = "Bounds: a run that does not meet one writes nothing and ends with exit code 8"
 
 Source = Annotated[Path, typer.Argument(help="A saved model, or an artefact to go on training from.")]
 Arch = Annotated[
@@ -133,3 +134,34 @@ Json = Annotated[
     typer.Option("--json", help="One JSON document on stdout instead of the report.", rich_help_panel=OUTPUT),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.", rich_help_panel=OUTPUT)]
+MaxAccuracyDrop = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="The accuracy may fall by this fraction at most, source to output, on the evaluation data.",
+        rich_help_panel=GATES,
+    ),
+]
+MaxSize = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="The file may have this size at most: 25MB, 1.5GiB.", rich_help_panel=GATES),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Weights, gradients and optimizer may take this much at most, as the plan estimates.",
+        rich_help_panel=GATES,
+    ),
+]
+RequireLayers = Annotated[
+    int | None, typer.Option(metavar="N", help="At least this many layers are converted.", rich_help_panel=GATES)
+]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        help="Refuse --arch, --trust and data that names a function: no code of yours.",
+        rich_help_panel=GATES,
+    ),
+]

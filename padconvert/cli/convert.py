@@ -27,6 +27,11 @@ def convert(
     lr: arg.LearningRate = None,
     compare: arg.Compare = False,
     work_dir: arg.WorkDir = None,
+    max_accuracy_drop: arg.MaxAccuracyDrop = None,
+    max_size: arg.MaxSize = None,
+    max_memory: arg.MaxMemory = None,
+    require_layers: arg.RequireLayers = None,
+    strict: arg.Strict = False,
     seed: arg.Seed = 0,
     device: arg.Device = "cpu",
     dry_run: arg.DryRun = False,
@@ -51,6 +56,8 @@ def convert(
         arch=arch, arch_args=parse.arch_args(arch_arg), input_shape=parse.input_shape(input_shape),
         trust=tuple(trust or ()), data=tuple(data or ()), eval_data=tuple(eval_data or ()), label_column=label_column,
         steps=steps, batch_size=batch_size, lr=lr, compare=compare, work_dir=work_dir, seed=seed, device=device,
-        dry_run=dry_run, plan=plan, plan_out=plan_out,
+        dry_run=dry_run, plan=plan, plan_out=plan_out, max_accuracy_drop=max_accuracy_drop,
+        max_size=parse.size("--max-size", max_size), max_memory=parse.size("--max-memory", max_memory),
+        require_layers=require_layers, strict=strict,
     )  # fmt: skip
     run_convert(source, options, as_json=as_json, report=report, quiet=quiet)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from padconvert.errors import UsageError
+from padconvert.gates import parse_size
 from padconvert.policy import WORKING_FILE, names_function
 
 
@@ -35,6 +36,11 @@ def arch_args(pairs: Sequence[str] | None) -> dict[str, object]:
         except yaml.YAMLError as error:
             raise UsageError(f"--arch-arg {pair}: the value is not YAML: {error}".replace("\n", " ")) from None
     return arguments
+
+
+def size(option: str, text: str | None) -> int | None:
+    """`25MB` in bytes. Raises UsageError for anything but a size."""
+    return None if text is None else parse_size(option, text)
 
 
 def working_file() -> Path | None:

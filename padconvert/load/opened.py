@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from padconvert.checkpoint.manifest import Manifest
 from padconvert.checkpoint.read import read_checkpoint
+from padconvert.checkpoint.tensor_bytes import place_of
 from padconvert.errors import FileError, UsageError
 from padconvert.fold import plain_layer
 from padconvert.layers.facts import LayerFacts
@@ -58,6 +59,17 @@ class Opened:
         """Shape and bytes per number of every tensor of the static network, each once."""
         tensors = own_tensors(self.static)
         return {name: (tuple(tensor.shape), tensor.element_size()) for name, tensor in tensors.items()}
+
+    @property
+    def repeated_bytes(self) -> int:
+        """Bytes that `sizes` counts again for tensors that lie on the very memory of another; a file has them once."""
+        places: set[tuple[object, ...]] = set()
+        repeated = 0
+        for tensor in own_tensors(self.static).values():
+            place = place_of(tensor)
+            repeated += tensor.numel() * tensor.element_size() if place and place in places else 0
+            places |= {place} if place else set()
+        return repeated
 
     def dynamic_copy(self, plan: Plan) -> nn.Module:
         """A copy to train, in fp32 where the input is in half precision: rewritten by the plan, or opened again."""

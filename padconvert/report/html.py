@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from padconvert.gates import said as gate_said
 from padconvert.report import numbers
 from padconvert.report.charts import charts
 from padconvert.results import Conversion, LayerResult, Metrics
@@ -81,6 +82,9 @@ def _receipts(result: Conversion) -> str:
         )
     if result.metrics is not None and result.metrics.verdict:
         lines.append(f"<p><strong>{escape(result.metrics.verdict)}</strong></p>")
+    for gate in result.gates:
+        word = "passed" if gate.passed else "failed"
+        lines.append(f'<p class="{word}">Bound, {word}: {escape(gate_said(gate))}.</p>')
     lines += [f'<p class="small">{escape(note)}</p>' for note in result.notes]
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from padconvert.gates import said as gate_said
 from padconvert.report import numbers
 from padconvert.report.layers_table import layers_table
 from padconvert.results import (
@@ -146,6 +147,8 @@ def _receipts(result: Conversion) -> Iterator[Text]:
         yield equality_line(result.equality)
     if result.metrics is not None and result.metrics.verdict:
         yield Text(result.metrics.verdict, style="bold")
+    for gate in result.gates:
+        yield _check(gate.passed, f"bound {gate_said(gate)}")
 
 
 def equality_line(equality: Equality) -> Text:
