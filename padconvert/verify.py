@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from padconvert.checkpoint.manifest import ProbeRecord
-from padconvert.checkpoint.probe_record import compare_outputs
+from padconvert.checkpoint.probe_record import compare_outputs, fits
 from padconvert.checkpoint.read import Checkpoint, read_checkpoint
 from padconvert.errors import FileError, VerificationError
 from padconvert.finetune.data.examples import Examples
@@ -191,14 +191,19 @@ def probe_check(checkpoint: Checkpoint, model: nn.Module) -> Check:
     record = checkpoint.manifest.probe
     if record is None:
         return Check("probe", True, None, None, "none was stored: the model could not be called when it was made")
-    args, kwargs = spec_of(record).make(record.batch, device_of(model))
+    if not fits(record.batch, (each.shape for each in record.inputs)):
+        return Check("probe", False, None, None, "its inputs are too large to be made; the record is damaged")
     try:
+        args, kwargs = spec_of(record).make(record.batch, device_of(model))
         with untouched(model):
             outputs = flat_outputs(call(model, args, kwargs))
-    except Exception as error:  # whatever the model's own code raises
+    except Exception as error:  # whatever the model's own code raises, or a record that cannot be made
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         return Check("probe", False, None, None, f"the model cannot be called as when it was made ({why})")
-    _, relative = compare_outputs(record, outputs)
+    try:
+        _, relative = compare_outputs(record, outputs)
+    except (VerificationError, FileError) as error:
+        return Check("probe", False, None, None, str(error))
     limit = PROBE_TOLERANCE[_coarsest(outputs)]
     return Check("probe", relative <= limit, relative, limit, "outputs as when it was made, max|Δ| / max|y|")
 

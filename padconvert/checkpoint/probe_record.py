@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +15,13 @@ from padconvert.errors import FileError, VerificationError
 
 #: the most values of one output that are stored
 MAX_VALUES = 2048
+#: the most entries that a probe's inputs may have together: what a file says is checked before it is allocated
+MAX_ENTRIES = 2**26
+
+
+def fits(batch: int, shapes: Iterable[tuple[int, ...]]) -> bool:
+    """Whether inputs of these shapes, the batch apart, are small enough to be recorded and made again."""
+    return sum(batch * math.prod(shape) for shape in shapes) <= MAX_ENTRIES
 
 
 def record_outputs(outputs: Sequence[Tensor]) -> tuple[ProbeOutput, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import padconvert
 from padconvert.checkpoint.layout import join
 from padconvert.checkpoint.manifest import LayerEntry, Manifest, ProbeInput, ProbeRecord, Provenance
-from padconvert.checkpoint.probe_record import record_outputs
+from padconvert.checkpoint.probe_record import fits, record_outputs
 from padconvert.checkpoint.write import WrittenFile, write_checkpoint
 from padconvert.layers.pad import PadLayer
 from padconvert.rewrite import names_of, pad_layers
@@ -83,8 +83,11 @@ def model_tensors(model: nn.Module, equal: Mapping[str, bool]) -> dict[str, Tens
     return tensors
 
 
-def record_probe(model: nn.Module, probe: ProbeSpec) -> ProbeRecord:
-    """The model's outputs on `PROBE_SAMPLES` seeded samples, in eval mode."""
+def record_probe(model: nn.Module, probe: ProbeSpec) -> ProbeRecord | None:
+    """The model's outputs on `PROBE_SAMPLES` seeded samples, in eval mode; None where a reader would refuse to make
+    inputs that large."""
+    if not fits(PROBE_SAMPLES, (spec.shape for spec in probe.inputs)):
+        return None
     args, kwargs = probe.make(PROBE_SAMPLES, device_of(model))
     with untouched(model):
         outputs = flat_outputs(call(model, args, kwargs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from padconvert.checkpoint.layout import expected_tensors, join
 from padconvert.checkpoint.manifest import LayerEntry
 from padconvert.checkpoint.read import Checkpoint, read_checkpoint
-from padconvert.errors import FileError
+from padconvert.errors import FileError, UnsafeError
 from padconvert.layers.build import build_layer
 from padconvert.layers.pad import PadLayer
 from padconvert.load import rebuild
@@ -31,6 +32,15 @@ def load(path: str | os.PathLike[str], *, into: nn.Module | None = None, trust: 
 
 def load_checkpoint(checkpoint: Checkpoint, *, into: nn.Module | None = None, trust: Sequence[str] = ()) -> nn.Module:
     """As `load`, of an open checkpoint."""
+    try:
+        return _loaded(checkpoint, into, trust)
+    except (FileError, UnsafeError) as error:
+        if str(error).startswith(f"{checkpoint.path}:"):
+            raise
+        raise type(error)(f"{checkpoint.path}: {error}") from error
+
+
+def _loaded(checkpoint: Checkpoint, into: nn.Module | None, trust: Sequence[str]) -> nn.Module:
     manifest = checkpoint.manifest
     inside = {name for entry in manifest.layers for name in _names_inside(entry)}
     kept = {name: tensor for name, tensor in checkpoint.tensors(copy=True).items() if name not in inside}
@@ -43,6 +53,8 @@ def load_checkpoint(checkpoint: Checkpoint, *, into: nn.Module | None = None, tr
     built = {entry.name: _built(checkpoint, entry) for entry in manifest.layers}
     _check_places(model, manifest.layers)
     swap_(model, {name: built[entry.name] for entry in manifest.layers for name in (entry.name, *entry.aliases)})
+    if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
+        raise FileError("it holds no values for a part of its network. Make it again from its source.")
     return model.eval()
 
 
