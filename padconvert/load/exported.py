@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from padconvert.errors import FileError, UnsafeError
-from padconvert.load.exported_archive import EXPORT, member_names, read_archive
+from padconvert.load.exported_archive import EXPORT, member_names, read_archive, why_refused
 from padconvert.load.exported_grammar import check_expression
 from padconvert.load.exported_inputs import fixed_batch
 from padconvert.load.exported_lift import ExportedModule, build_exported
@@ -49,14 +49,16 @@ def audit_exported(path: Path) -> tuple[list[str], list[str], str]:
 
     Reads as loading does, as far as loading gets. Raises FileError where not even the archive's directory can be read.
     """
-    names = [f"member {name}" for name in member_names(path)]
+    members = member_names(path)
+    names = [f"member {name}" for name in members]
+    refused = [f"member {name}" for name in members if why_refused(name.partition("/")[2])]
     try:
         archive = read_archive(path)
     except (UnsafeError, FileError) as error:
-        return names, [name for name in names if name.removeprefix("member ") in str(error)], str(error)
+        return names, refused, str(error)
     operations = sorted({f"operation {name}" for name in operations_of(archive.program)})
     sizes = sorted({f"size {size}" for size in expressions_of(archive.program)})
-    refused = [name for name in operations if not is_listed(name.removeprefix("operation "))]
+    refused += [name for name in operations if not is_listed(name.removeprefix("operation "))]
     refused += [name for name in sizes if not _is_size(name.removeprefix("size "))]
     try:
         document = document_of(archive.program, str(path))

@@ -65,7 +65,8 @@ def read_archive(path: Path) -> Archive:
     _refuse_old(path)
     regions = members(file, "torch.export.save")
     for name in regions:
-        _check_member(name, path)
+        if why := why_refused(name):
+            raise UnsafeError(f"{path}: member {shown(name)} is {why}. {EXPORT_AGAIN}")
     for name, wanted in (("archive_format", b"pt2"), ("archive_version", b"0"), ("byteorder", b"little")):
         if name not in regions or file.read(_first(regions[name])) != wanted:
             raise FileError(f"{path}: its member {name} is not {wanted.decode()!r}. Export the model again: {EXPORT}.")
@@ -102,15 +103,15 @@ def _first(region: Region) -> Region:
     return Region(region.start, min(region.size, _MAX_NOTE))
 
 
-def _check_member(name: str, path: Path) -> None:
+def why_refused(name: str) -> str:
+    """Why a member of this name, without the archive's top folder, is refused; "" where it is part of a program."""
     if name in _NOTES or name in (_PROGRAM, _SAMPLES) or name.startswith(_UNREAD):
-        return
+        return ""
     for folder, payload in _PAYLOADS.items():
         inner = name.removeprefix(folder)
         if name.startswith(folder) and (inner == _CONFIGS[folder] or payload.match(inner)):
-            return
-    why = next((why for start, why in _REFUSED if name.startswith(start)), "not part of an exported program")
-    raise UnsafeError(f"{path}: member {shown(name)} is {why}. {EXPORT_AGAIN}")
+            return ""
+    return next((why for start, why in _REFUSED if name.startswith(start)), "not part of an exported program")
 
 
 def _check_samples(data: bytes, where: str) -> None:
