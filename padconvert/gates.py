@@ -59,7 +59,9 @@ def check_strict(unsafe: Iterable[str]) -> None:
     """`unsafe` are the words of the call that run or trust code. Raises UsageError that names them."""
     named = list(unsafe)
     if named:
-        raise UsageError(f"--strict: refuses {', '.join(named)}, which runs or trusts code. Leave that away, or --strict")
+        raise UsageError(
+            f"--strict: refuses {', '.join(named)}, which runs or trusts code. Leave that away, or --strict"
+        )
 
 
 def strict_gate(strict: bool) -> tuple[Gate, ...]:

@@ -184,6 +184,44 @@ class Inspection:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditedName:
+    """A class, function, operation or size that a file names; `why` it is allowed, or what to do as it is not."""
+
+    name: str
+    allowed: bool
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A part of a file: a member of an archive, a tensor, a file of a folder."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """What `inspect --audit` found. `verdict` is "safe", "trust" (loads once the packages in `trust` are trusted),
+    "refused" or "unreadable"; `detail` is the message with which loading would stop."""
+
+    path: str
+    kind: str
+    bytes: int
+    verdict: str
+    detail: str = ""
+    trust: tuple[str, ...] = ()
+    names: tuple[AuditedName, ...] = ()
+    members: tuple[Member, ...] = ()
+    schema: str = field(default="padconvert.audit/1")
+
+    @property
+    def exit_code(self) -> int:
+        """0 for a safe file, 4 for an unreadable one, else 6."""
+        return {"safe": 0, "unreadable": 4}.get(self.verdict, 6)
+
+
+@dataclass(frozen=True, slots=True)
 class Extra:
     """A group of optional packages. `missing` is empty where all are there; `install` is the line that gets them."""
 
@@ -207,4 +245,4 @@ class Diagnosis:
     schema: str = field(default="padconvert.doctor/1")
 
 
-Result = Conversion | Inspection | Verification | Diagnosis
+Result = Conversion | Inspection | Verification | Audited | Diagnosis

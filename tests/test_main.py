@@ -25,7 +25,7 @@ OPTIONS = {
     "--input-shape --trust --data --eval-data --label-column --steps --batch-size --lr --compare --work-dir --seed "
     "--device --dry-run --plan-out --force --json --report --quiet -q --max-accuracy-drop --max-size --max-memory "
     "--require-layers --strict",
-    "inspect": "--policy --preset --set --arch --arch-arg --input-shape --trust --json",
+    "inspect": "--policy --preset --set --arch --arch-arg --input-shape --trust --audit --json",
     "verify": "--against --data --arch --arch-arg --trust --device --json",
     "export": "--output -o --format --trust --force --json",
     "doctor": "--json",

@@ -19,12 +19,19 @@ def inspect(
     arch_arg: arg.ArchArg = None,
     input_shape: arg.InputShape = None,
     trust: arg.Trust = None,
+    audit: Annotated[
+        bool,
+        typer.Option("--audit", help="Say whether the file is safe to load, without loading it: exit code 6 if not."),
+    ] = False,
     as_json: arg.Json = False,
 ) -> None:
     """List a file's layers. Of a source: what would be converted, and why not. Of an artefact: what it holds."""
     from padconvert.cli import parse, run
     from padconvert.options import ConvertOptions
 
+    if audit:
+        _audit(path, tuple(trust or ()), as_json)
+        return
     parse.allow_own_code([arch, *(trust or ())])
     options = ConvertOptions(
         policy=policy, preset=preset, sets=tuple(settings or ()), working_file=parse.working_file(), arch=arch,
@@ -33,3 +40,14 @@ def inspect(
     from padconvert.inspection import inspect_file
 
     run.show(inspect_file(path, options), as_json=as_json)
+
+
+def _audit(path: Path, trust: tuple[str, ...], as_json: bool) -> None:
+    from padconvert.cli import run
+    from padconvert.load.examine import examine
+
+    result = examine(path, trust)
+    run.show(result, as_json=as_json)
+    if result.exit_code:
+        typer.echo(f"error: {result.detail}", err=True)
+        raise typer.Exit(result.exit_code)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from padconvert.checkpoint.header import read_header
+from padconvert.checkpoint.layout import join
+from padconvert.checkpoint.read import read_checkpoint
 from padconvert.errors import FileError, UnsafeError
+from padconvert.load import rebuild
 from padconvert.load.build import build
 from padconvert.load.detect import InputKind, detect, refusal
-from padconvert.load.exported import audit_exported
-from padconvert.load.names import check_trust, refused_names
-from padconvert.load.nodes import ObjectNode, TensorNode, View
+from padconvert.load.exported import audit_exported, load_exported
+from padconvert.load.factory import check_factory_trusted
+from padconvert.load.names import check_names, check_trust, refused_names
+from padconvert.load.nodes import NameNode, ObjectNode, TensorNode, View
 from padconvert.load.reader import Pickled, read
+from padconvert.load.skeleton_json import decode
 from padconvert.load.state_dict import find_network
 from padconvert.load.storages import check_view, torch_dtype
 
@@ -24,12 +30,14 @@ from padconvert.load.storages import check_view, torch_dtype
 @dataclass(frozen=True, slots=True)
 class Audit:
     """`names`: every class and function the file mentions (of an exported program: every member, operation and size);
-    `refused`: those that nobody allows; `verdict`: "loads", or the message with which loading would stop."""
+    `refused`: those that nobody allows; `verdict`: "loads", or the message with which loading would stop; `unsafe`:
+    whether it would stop for safety's sake, and not because the file is damaged."""
 
     kind: str
     names: list[str]
     refused: list[str]
     verdict: str
+    unsafe: bool = False
 
 
 def audit(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> Audit:
@@ -42,28 +50,74 @@ def audit(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> Audit:
     match kind:
         case InputKind.PICKLE:
             return _audit_pickle(place, packages)
-        case InputKind.SAFETENSORS | InputKind.ARTEFACT:
+        case InputKind.SAFETENSORS:
+            read_header(place)
             return Audit(kind.value, [], [], "loads")
+        case InputKind.ARTEFACT:
+            return _audit_artefact(place, packages)
         case InputKind.EXPORTED:
-            return Audit("exported", *audit_exported(place))
+            return _audit_exported(place)
         case _:
             raise refusal(kind, place)
+
+
+def _audit_exported(path: Path) -> Audit:
+    names, refused, verdict = audit_exported(path)
+    try:
+        load_exported(path)
+    except UnsafeError:
+        return Audit("exported", names, refused, verdict, unsafe=True)
+    except FileError:
+        pass  # the verdict says so
+    return Audit("exported", names, refused, verdict)
+
+
+def _audit_artefact(path: Path, trust: tuple[str, ...]) -> Audit:
+    """A factory is code that is named, and never imported here; a skeleton is built from the file's mapped tensors."""
+    checkpoint = read_checkpoint(path)
+    architecture = checkpoint.manifest.architecture
+    names: list[NameNode] = []
+    try:
+        match architecture.get("kind"):
+            case "none":
+                pass
+            case "factory":
+                module, _, function = str(architecture.get("ref")).partition(":")
+                names = [NameNode(module, function)]
+                check_factory_trusted(architecture, trust)
+            case kind:
+                if kind == "skeleton":
+                    names = decode(architecture.get("skeleton"), str(path))[1]
+                layers = [name for entry in checkpoint.manifest.layers for name in (entry.name, *entry.aliases)]
+                absent = {join(name, part) for name in layers for part in ("weight", "bias")}
+                rebuild(architecture, checkpoint.tensors(), trust, missing_ok=absent)
+    except UnsafeError as error:
+        refused = names if architecture.get("kind") == "factory" else refused_names(names, trust)
+        return Audit("artefact", _listed(names), _listed(refused), str(error), unsafe=True)
+    return Audit("artefact", _listed(names), [], "loads")
+
+
+def _listed(names: Iterable[NameNode]) -> list[str]:
+    return sorted({name.full for name in names})
 
 
 def _audit_pickle(path: Path, trust: tuple[str, ...]) -> Audit:
     try:
         pickled = read(path)
     except UnsafeError as error:
-        return Audit("pickle", [], [], str(error))
-    names = sorted({name.full for name in pickled.tree.names})
+        return Audit("pickle", [], [], str(error), unsafe=True)
+    names = _listed(pickled.tree.names)
     refused = [name.full for name in refused_names(pickled.tree.names, trust)]
-    kind, verdict = "pickle", f"refused: {', '.join(refused)}"
     if not refused:
-        kind, verdict = _verdict(pickled, trust, str(path))
-    return Audit(kind, names, refused, verdict)
+        return _verdict(pickled, names, trust, str(path))
+    try:
+        check_names(pickled.tree.names, trust, str(path))
+    except UnsafeError as error:
+        return Audit("pickle", names, refused, str(error), unsafe=True)
+    raise AssertionError(refused)
 
 
-def _verdict(pickled: Pickled, trust: tuple[str, ...], where: str) -> tuple[str, str]:
+def _verdict(pickled: Pickled, names: list[str], trust: tuple[str, ...], where: str) -> Audit:
     kind = "pickle"
     try:
         found = find_network(pickled.tree.root, where)
@@ -75,8 +129,8 @@ def _verdict(pickled: Pickled, trust: tuple[str, ...], where: str) -> tuple[str,
                 if isinstance(value, TensorNode):
                     _empty(pickled, value)
     except (UnsafeError, FileError) as error:
-        return kind, str(error)
-    return kind, "loads"
+        return Audit(kind, names, [], str(error), unsafe=isinstance(error, UnsafeError))
+    return Audit(kind, names, [], "loads")
 
 
 def _empty(pickled: Pickled, node: TensorNode) -> Tensor:

@@ -12,6 +12,7 @@ from padconvert.gates import said as gate_said
 from padconvert.report import numbers
 from padconvert.report.layers_table import layers_table
 from padconvert.results import (
+    Audited,
     Check,
     Comparison,
     Conversion,
@@ -45,6 +46,8 @@ def show(result: Result, target: Console | None = None) -> None:
             blocks = _inspection(result)
         case Verification():
             blocks = _verification(result)
+        case Audited():
+            blocks = _audited(result)
         case Diagnosis():
             blocks = _diagnosis(result)
     for i, block in enumerate(blocks):
@@ -221,6 +224,28 @@ def _said(check: Check) -> str:
 
 def _value(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
+
+
+# ---- inspect --audit
+
+
+def _audited(result: Audited) -> Iterator[RenderableType]:
+    yield Text(f"{result.path}: {result.kind}, {numbers.size(result.bytes)}", style="bold")
+    for title, rows in (
+        ("names", [_check(name.allowed, f"{name.name}: {name.why}") for name in result.names]),
+        ("members", [_note(f"{member.name}: {numbers.size(member.bytes)}") for member in result.members]),
+    ):
+        if rows:
+            # what is refused is never cut off
+            shown = [row for i, row in enumerate(rows) if i < ROWS or row.plain.startswith("✗")]
+            left = [_note(f"and {len(rows) - len(shown)} more (--json lists them)")] if len(shown) < len(rows) else []
+            yield _lines([Text(f"{len(rows)} {title}"), *shown, *left])
+    words = {
+        "safe": "safe: nothing in it runs, and all that it names is listed",
+        "trust": f"needs --trust {' --trust '.join(result.trust)}: its classes lie outside the list",
+    }
+    said = words.get(result.verdict, result.verdict)
+    yield Text(said, style="bold green" if result.verdict == "safe" else "bold red")
 
 
 # ---- doctor
