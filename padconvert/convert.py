@@ -28,7 +28,7 @@ from padconvert.progress import Progress, Silent
 from padconvert.results import Conversion, Equality, Gate, OutputFile, SourceFile
 from padconvert.seal import Seal
 from padconvert.surroundings import Clock, resumable, settled
-from padconvert.verify import calls_on, equality
+from padconvert.verify import calls_on, equality, runs
 from padconvert.walk import walk
 from padconvert.walk.info import Walk
 from padconvert.walk.probe import ProbeSpec, find_probe, probe_of_batch
@@ -140,7 +140,13 @@ def _check_fits(source: Path, options: ConvertOptions) -> None:
 def _probe(model: nn.Module, options: ConvertOptions, data: Data | None) -> ProbeSpec | None:
     """Inputs to call the model with: as told, as the data has them, or found by trying."""
     if options.input_shape is not None:
-        return find_probe(model, (1, *options.input_shape))
+        probe = find_probe(model, (1, *options.input_shape))
+        if probe is None or not runs(model, probe):
+            shape = ",".join(map(str, (1, *options.input_shape)))
+            raise UsageError(
+                f"--input-shape {shape}: the model's forward does not take it. Leave it out to have one found."
+            )
+        return probe
     if data is not None:
         some = data.train.batch(torch.arange(min(8, len(data.train))))
         return probe_of_batch(some.to("cpu", dtype_of(model)).inputs)

@@ -34,8 +34,7 @@ def _all_names(entry: LayerPlan) -> list[tuple[str, str]]:
 def _replacement(model: nn.Module, entry: LayerPlan, seed: int, index: int) -> PadLayer:
     choice = entry.choice
     assert choice is not None
-    layer = model.get_submodule(entry.info.name)
-    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)), f"{entry.info.name} is not static"
+    layer = _planned_layer(model, entry)
     return upcycle(
         layer,
         num_experts=choice.num_experts,
@@ -46,6 +45,24 @@ def _replacement(model: nn.Module, entry: LayerPlan, seed: int, index: int) -> P
         # a layer's router depends on its place alone, not on which other layers are converted
         generator=torch.Generator().manual_seed(seed * 1_000_003 + index),
     )
+
+
+def _planned_layer(model: nn.Module, entry: LayerPlan) -> nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear:
+    """The layer that the plan means. Raises PolicyError where the model has another one, or none, in its place."""
+    name = entry.info.name
+    found = dict(model.named_modules(remove_duplicate=False)).get(name)
+    if isinstance(found, PadLayer):
+        raise PolicyError(
+            f"layer '{name}' is dynamic already; rewrite_ takes the static model that the plan was made for."
+        )
+    if not isinstance(found, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)) or (
+        tuple(found.weight.shape) != entry.info.weight_shape
+    ):
+        what = "no such layer" if found is None else f"another one there ({type(found).__name__})"
+        raise PolicyError(
+            f"layer '{name}': the model has {what}; make a plan of this model with padconvert.plan(model)."
+        )
+    return found
 
 
 def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:

@@ -63,10 +63,10 @@ def resumable(options: ConvertOptions) -> Iterator[None]:
     """Ctrl-C ends in a message that says how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
-        how = (
-            f"the same command goes on from {options.work_dir}"
-            if options.work_dir is not None
-            else "with --work-dir DIR a run can be resumed"
-        )
-        raise Interrupted(f"Interrupted; nothing was written. Next time: {how}.") from None
+    except KeyboardInterrupt as error:
+        if options.work_dir is None:
+            raise Interrupted("Interrupted; nothing was written. With --work-dir DIR a run can be resumed.") from None
+        reached = f"; {error}" if str(error) else ""
+        raise Interrupted(
+            f"Interrupted; no artefact was written{reached}. The same command goes on from {options.work_dir}."
+        ) from None

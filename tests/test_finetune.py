@@ -220,6 +220,9 @@ def test_a_kept_run_goes_on_where_it_was() -> None:
             if run.step == 17:
                 raise Stop
 
+        def save(self, run: Run) -> None:
+            pass
+
     def fresh() -> Run:
         model = copy.deepcopy(source)
         rewrite_(model, plan)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from padconvert.errors import VerificationError
+from padconvert.errors import PolicyError, UsageError, VerificationError
 from padconvert.layers.build import upcycle
 from padconvert.layers.pad import PadLayer
 from padconvert.partition.evidence import measure
@@ -293,3 +293,44 @@ def test_a_random_partition_differs_with_the_seed_only() -> None:
 
     assert torch.equal(final(3), final(3))
     assert not torch.equal(final(3), final(4))
+
+
+def test_rounds_come_in_order_once_and_with_data() -> None:
+    torch.manual_seed(1)
+    model = Net()
+    partitioner, masks = run_rounds(model, planned(model))
+    with pytest.raises(UsageError, match=r"round_\(4\): all rounds are done"):
+        partitioner.round_(4, [])
+    other = Net()
+    plan = planned(other)
+    rewrite_(other, plan)
+    fresh = Partitioner(other, plan)
+    for t in (0, 2, 99):
+        with pytest.raises(UsageError, match=rf"round_\({t}\): round 1 of 3 is due"):
+            fresh.round_(t, [lambda: other(torch.randn(1, 1, 12, 12)).sum()])
+    with pytest.raises(UsageError, match="needs losses of at least one micro-batch"):
+        fresh.round_(1, [])
+    assert all(len(layer.units("weight").static) == 0 for layer in pad_layers(other).values())
+    assert masks
+
+
+def test_a_plan_of_another_model_is_refused() -> None:
+    model = Net()
+    plan = planned(model)
+    with pytest.raises(PolicyError, match="'a': the model has no such layer"):
+        rewrite_(nn.Sequential(nn.Linear(3, 3)), plan)
+    other = Net()
+    other.a = nn.Conv2d(6, 8, 5)
+    with pytest.raises(PolicyError, match=r"'a': the model has another one there \(Conv2d\)"):
+        rewrite_(other, plan)
+    rewrite_(model, plan)
+    with pytest.raises(PolicyError, match="'a' is dynamic already"):
+        rewrite_(model, plan)
+
+
+def test_the_fully_dynamic_neighbour_is_there_at_every_ratio() -> None:
+    full = {ratio: planned(Net(), **{"defaults.dynamic_ratio": ratio}).cost for ratio in ("0", "0.3", "1")}
+    assert len({cost.params_fully_dynamic for cost in full.values()}) == 1
+    assert len({cost.bytes_fully_dynamic for cost in full.values()}) == 1
+    assert full["1"].params_output == full["1"].params_fully_dynamic
+    assert full["0"].params_output == full["0"].params_source

@@ -364,3 +364,32 @@ def test_two_runs_cannot_share_a_work_directory(tmp_path: Path) -> None:
             WorkDir(tmp_path / "work", {"seed": 0})
         other.communicate("")
     WorkDir(tmp_path / "work", {"seed": 0})
+
+
+class SignalAt(Silent):
+    """Sends this process a signal while step `at` is reported; notes the first step it hears of."""
+
+    def __init__(self, at: int, number: signal.Signals = signal.SIGINT) -> None:
+        self.at, self.number, self.first = at, number, 0
+
+    def step(self, done: int, total: int, **numbers: float) -> None:
+        del total, numbers
+        self.first = self.first or done
+        if self.at == done:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_is_saved_at_its_step_and_goes_on_there(
+    place: Path, uninterrupted: dict[str, bytes], tmp_path: Path, number: signal.Signals
+) -> None:
+    """Well before the first periodic save."""
+    options = options_of(place, "element_sgd", tmp_path / "out", work_dir=tmp_path / "work")
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=r"step 7 of \d+ is saved"):
+        convert(place / "model.pt", options, SignalAt(7, number))
+    assert signal.getsignal(number) == before
+    again = SignalAt(0)
+    convert(place / "model.pt", options, again)
+    assert again.first == 8
+    assert (tmp_path / "out").read_bytes() == uninterrupted["element_sgd"]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from padconvert.errors import VerificationError
 from padconvert.finetune.data.batches import Batches
 from padconvert.finetune.data.examples import Batch
+from padconvert.finetune.interrupts import Deferred
 from padconvert.finetune.objectives import Objective, dtype_of, forward
 from padconvert.finetune.optimizer import follow_, make_optimizer, set_lr_
 from padconvert.finetune.phases import Phases
@@ -45,6 +46,7 @@ class Keeper(Protocol):
 
     def restore_(self, run: Run) -> None: ...
     def step_done(self, run: Run) -> None: ...
+    def save(self, run: Run) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +71,34 @@ def start(model: nn.Module, partitioner: Partitioner | None, setting: Setting) -
 def finetune_(run: Run, setting: Setting, progress: Progress, keeper: Keeper | None = None) -> None:
     """Train `run.model` in place to the last step.
 
-    Raises VerificationError naming the layer where the loss or a score is not finite.
+    Raises VerificationError naming the layer where the loss or a score is not finite, and KeyboardInterrupt, saying
+    which step is saved, when it is interrupted and has a keeper.
     """
     if keeper is not None:
         keeper.restore_(run)
+    if run.partitioner is not None:
+        run.partitioner.done = sum(place < run.step for place in run.phases.round_steps)
     run.model.train()
-    while run.step < run.phases.steps:
-        _rounds_(run, setting)
-        loss = _step_(run, setting)
-        run.step += 1
-        progress.step(run.step, run.phases.steps, loss=loss)
-        if run.step % max(1, run.phases.steps // 100) == 0 or run.step == run.phases.steps:
-            run.history.append({"step": run.step, "loss": loss})
-        if keeper is not None:
-            keeper.step_done(run)
+    with Deferred(keeper is not None) as interrupt:
+        while run.step < run.phases.steps:
+            _rounds_(run, setting)
+            loss = _step_(run, setting)
+            run.step += 1
+            progress.step(run.step, run.phases.steps, loss=loss)
+            if run.step % max(1, run.phases.steps // 100) == 0 or run.step == run.phases.steps:
+                run.history.append({"step": run.step, "loss": loss})
+            if keeper is not None:
+                _keep(run, keeper, interrupt)
     _rounds_(run, setting)
     run.model.eval()
+
+
+def _keep(run: Run, keeper: Keeper, interrupt: Deferred) -> None:
+    if not interrupt.asked:
+        keeper.step_done(run)
+        return
+    keeper.save(run)
+    raise KeyboardInterrupt(f"step {run.step} of {run.phases.steps} is saved")
 
 
 def _step_(run: Run, setting: Setting) -> float:

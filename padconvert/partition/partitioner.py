@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from padconvert.errors import VerificationError
+from padconvert.errors import UsageError, VerificationError
 from padconvert.layers.pad import Moved, PadLayer
 from padconvert.partition.evidence import Loss, Part, measure
 from padconvert.partition.ranking import keep_across_layers, keep_in_layer
@@ -36,7 +36,8 @@ class Partitioner:
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model = model
-        self.score = score_named("magnitude" if plan.route == "data-free" else plan.policy.partition.score)
+        self.score_name = "magnitude" if plan.route == "data-free" else plan.policy.partition.score
+        self.score = score_named(self.score_name)
         self.rounds = 1 if plan.route == "data-free" else plan.policy.partition.rounds
         self.schedule = plan.policy.partition.schedule
         self.seed = plan.seed
@@ -49,6 +50,8 @@ class Partitioner:
                 self.layers[entry.info.name] = layer
                 self._plans[entry.info.name] = entry
         self._pools = plan.pools
+        #: rounds that are done; a resumed run sets it
+        self.done = 0
 
     @property
     def needs(self) -> Need:
@@ -58,8 +61,14 @@ class Partitioner:
     def round_(self, t: int, losses: Sequence[Loss]) -> Round:
         """Round t of 1..rounds: score on `losses` (micro-batches in eval mode), then turn the lowest units static.
 
-        Raises VerificationError where a score is not finite, or where all are zero (the experts are still equal).
+        Rounds come in order, each once. Raises UsageError for another `t`, or without losses where the score needs
+        them; VerificationError where a score is not finite, or all are zero (the experts are still equal).
         """
+        if t != self.done + 1 or t > self.rounds:
+            due = f"round {self.done + 1} of {self.rounds} is due" if self.done < self.rounds else "all rounds are done"
+            raise UsageError(f"round_({t}): {due}.")
+        if not losses and self.needs is not Need.WEIGHTS:
+            raise UsageError(f"round_({t}): the score '{self.score_name}' needs losses of at least one micro-batch.")
         generator = torch.Generator().manual_seed(self.seed * 1000 + t)
         scores, mean_routing = measure(self.model, self.layers, self.score, losses, generator)
         if self.needs is not Need.WEIGHTS and scores and not any(bool(value.any()) for value in scores.values()):
@@ -71,6 +80,7 @@ class Partitioner:
         moved: list[Moved] = []
         for (name, part), mask in kept.items():
             moved += self._turn_static(self.layers[name], part, mask, mean_routing[name])
+        self.done = t
         return Round(t, self._ratio(t), sum(self._dynamic_entries(name) for name in self.layers), tuple(moved))
 
     # ---- which units stay --------------------------------------------------------------------------------------

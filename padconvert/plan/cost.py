@@ -30,8 +30,18 @@ class _Parts:
     itemsize: int
 
 
-def cost_of(layers: Sequence[LayerPlan], pools: Sequence[Pool], route: Route, tensors: TensorSizes) -> Cost:
-    """The predicted cost. Experts of a data-free artefact are equal and stored once."""
+def cost_of(
+    layers: Sequence[LayerPlan],
+    pools: Sequence[Pool],
+    route: Route,
+    tensors: TensorSizes,
+    asked: Sequence[LayerPlan] | None = None,
+) -> Cost:
+    """The predicted cost. Experts of a data-free artefact are equal and stored once.
+
+    `asked` are the layers as the policy wants them, before a ratio rounds some to static ones: the fully dynamic
+    network has them all.
+    """
     pooled = {name for pool in pools for name in pool.names}
     converted = [layer for layer in layers if layer.choice is not None]
     parts = {layer.info.name: _parts(layer, pooled) for layer in converted}
@@ -48,21 +58,36 @@ def cost_of(layers: Sequence[LayerPlan], pools: Sequence[Pool], route: Route, te
     source_bytes = sum(part.source * part.itemsize for part in parts.values())
     router = sum(part.router for part in parts.values())
     masks = sum(part.mask_bytes for part in parts.values())
-    full = sum(part.source * (experts[name] - 1) for name, part in parts.items())
-    full_bytes = sum(part.source * (experts[name] - 1) * part.itemsize for name, part in parts.items())
+    full, full_bytes, full_router = _fully_dynamic(layers if asked is None else asked)
     assert bytes_source >= source_bytes, "the source's tensors lack a layer that the walk found"
     return Cost(
         params_source=numbers,
         params_output=numbers + copied + router,
-        params_fully_dynamic=numbers + full + router,
+        params_fully_dynamic=numbers + full + full_router,
         bytes_source=bytes_source,
         bytes_values=source_bytes + copied_bytes,
         bytes_masks=masks,
         bytes_router=router * ROUTER_BYTES,
         bytes_untouched=bytes_source - source_bytes,
         bytes_output=bytes_source + copied_bytes + masks + router * ROUTER_BYTES,
-        bytes_fully_dynamic=bytes_source + full_bytes + router * ROUTER_BYTES,
+        bytes_fully_dynamic=bytes_source + full_bytes + full_router * ROUTER_BYTES,
     )
+
+
+def _fully_dynamic(layers: Sequence[LayerPlan]) -> tuple[int, int, int]:
+    """(further numbers, their bytes, router numbers) of the same layers at κ = 1, trained."""
+    full = full_bytes = router = 0
+    for layer in layers:
+        if layer.choice is not None:
+            copies = (n_entries(layer.info) + n_biases(layer.info)) * (layer.choice.num_experts - 1)
+            full += copies
+            full_bytes += copies * ITEMSIZE[layer.info.dtype]
+            router += _router_numbers(layer.choice.router, _channels(layer), layer.choice.num_experts)
+    return full, full_bytes, router
+
+
+def _channels(layer: LayerPlan) -> int:
+    return layer.info.weight_shape[1] * layer.info.groups
 
 
 def _parts(layer: LayerPlan, pooled: set[str]) -> _Parts:
@@ -78,7 +103,7 @@ def _parts(layer: LayerPlan, pooled: set[str]) -> _Parts:
         source=n_entries(info) + n_biases(info),
         dynamic=weights + biases,
         mask_bytes=_mask_bytes(choice.granularity, dynamic, units) + _bias_mask_bytes(layer, biases),
-        router=_router_numbers(choice.router, info.weight_shape[1] * info.groups, choice.num_experts),
+        router=_router_numbers(choice.router, _channels(layer), choice.num_experts),
         itemsize=ITEMSIZE[info.dtype],
     )
 

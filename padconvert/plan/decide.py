@@ -52,7 +52,7 @@ def make_plan(
     return Plan(
         layers=layers,
         pools=pools,
-        cost=cost_of(layers, pools, route, tensors),
+        cost=cost_of(layers, pools, route, tensors, asked),
         policy=policy,
         route=route,
         seed=seed,
