@@ -14,7 +14,7 @@ from padconvert.checkpoint.write import check_target
 from padconvert.errors import UsageError, VerificationError
 from padconvert.finetune.data.sources import Data, open_data
 from padconvert.finetune.objectives import dtype_of
-from padconvert.finetune.train import objective_of
+from padconvert.finetune.train import check_rounds, objective_of
 from padconvert.fold import fold_
 from padconvert.gates import accuracy_gate, hold, layers_gate, memory_gate, missed, size_gate, strict_gate
 from padconvert.load.opened import Opened, open_input
@@ -165,6 +165,8 @@ def _plan(
         resolved = Resolved(_going_on(opened, policy), {}, resolved.notes)
     route: Route = "data-free" if data is None or why_not is not None else "trained"
     _check_trains(route, options, why_not)
+    if route == "trained" and not opened.goes_on:
+        check_rounds(policy)
     if options.max_accuracy_drop is not None:
         _check_measurable(data)
     if options.plan is not None:

@@ -258,7 +258,7 @@ CASES: list[tuple[str, int, tuple[str, ...]]] = [
     (f"convert model.pt --data data.npz --lr -1 {STEPS}", 2, ("--lr", "greater than 0")),
     (f"convert model.pt --data data.npz --lr nan {STEPS}", 2, ("--lr", "finite")),
     ("convert model.pt --data data.npz --steps 0", 2, ("--steps", "1")),
-    ("convert model.pt --data data.npz --steps 3 --set train.warmup=0", 7, ("All scores are zero", "train.warmup")),
+    ("convert model.pt --data data.npz --steps 3 --set train.warmup=0", 2, ("train.steps 3", "before any step")),
     ("convert model.pt --data data.npz --batch-size 0", 2, ("--batch-size", "1")),
     (f"convert model.pt --data data.npz --work-dir model.pt {STEPS}", 4, ("--work-dir model.pt",)),
     # ---- the output

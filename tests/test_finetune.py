@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from padconvert.errors import VerificationError
+from padconvert.errors import UsageError, VerificationError
 from padconvert.finetune.data.examples import TensorExamples
 from padconvert.finetune.data.preparation import Preparation, Prepared
 from padconvert.finetune.data.sources import Data
 from padconvert.finetune.loop import Run, Setting, finetune_, start
 from padconvert.finetune.optimizer import follow_, make_optimizer
 from padconvert.finetune.phases import Phases
-from padconvert.finetune.train import Trainer
+from padconvert.finetune.train import Trainer, check_rounds
 from padconvert.layers.pad import PadLayer
 from padconvert.partition import Partitioner
 from padconvert.plan import Plan, make_plan
@@ -239,3 +239,10 @@ def test_a_kept_run_goes_on_where_it_was() -> None:
     assert halved.step == 30
     expected = whole.model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in halved.model.state_dict().items())
+
+
+def test_too_few_steps_are_refused_before_training() -> None:
+    check_rounds(load_policy(overrides={"train.steps": 3}).policy)
+    check_rounds(load_policy(overrides={"train.steps": 1, "partition.score": "magnitude"}).policy)
+    with pytest.raises(UsageError, match=r"train\.steps 1: the first of 5 partition rounds would come before any step"):
+        check_rounds(load_policy(overrides={"train.steps": 1}).policy)

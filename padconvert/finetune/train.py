@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from padconvert.errors import FileError
+from padconvert.errors import FileError, UsageError
 from padconvert.finetune.data.batches import Batches
 from padconvert.finetune.data.examples import Batch, Examples, known_labels, tensors_of
 from padconvert.finetune.data.labels import check_labels
@@ -17,10 +17,12 @@ from padconvert.finetune.data.sources import Data
 from padconvert.finetune.evaluate import evaluate
 from padconvert.finetune.loop import Setting, finetune_, routing_forwards, start
 from padconvert.finetune.objectives import Objective, class_axis, dtype_of, forward, logits_of
+from padconvert.finetune.phases import Phases
 from padconvert.finetune.resume import WorkDir
 from padconvert.finetune.routing import set_routers_
 from padconvert.layers.pad import PadLayer
 from padconvert.partition import Partitioner
+from padconvert.partition.scores import Need, score_named
 from padconvert.policy import Policy
 from padconvert.progress import Progress
 
@@ -73,6 +75,17 @@ class Trainer:
 def objective_of(policy: Policy, data: Data) -> Objective:
     """What is to be minimised, given what the data offers."""
     return Objective.of(policy.train, labelled=data.train.labelled, augments=data.train.augments)
+
+
+def check_rounds(policy: Policy) -> None:
+    """Raises UsageError where the first round would come before any training: all experts are still equal there."""
+    rounds = policy.partition.rounds
+    needs = score_named(policy.partition.score).NEEDS
+    if needs is not Need.WEIGHTS and Phases.of(policy.train, rounds).round_steps[0] == 0:
+        raise UsageError(
+            f"train.steps {policy.train.steps}: the first of {rounds} partition rounds would come before any step, "
+            "when there is nothing to score yet. Take more steps (--steps), or raise train.warmup."
+        )
 
 
 def check_data(model: nn.Module, data: Data, device: torch.device) -> None:
