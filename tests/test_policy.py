@@ -13,6 +13,7 @@ from padconvert.policy import (
     Option,
     Policy,
     load_policy,
+    name_matcher,
     preset_names,
     preset_text,
     render,
@@ -110,10 +111,10 @@ def test_a_ratio_is_the_decimal_that_was_written(tmp_path: Path) -> None:
 
 def test_set_reaches_into_rules_and_lists(tmp_path: Path) -> None:
     path = write(tmp_path, "version: 1\nrules: [{name: a, convert: true}]\n")
-    settings = ["rules[0].dynamic_ratio=0.5", "data.mean=[0.5]", "data.std=[2]", "data.task=glue/sst2"]
+    settings = ["rules[0].dynamic_ratio=0.5", "data.mean=[0.5]", "data.std=[2]", "data.label_column=kind"]
     resolved = load_policy(path, overrides=set_overrides(settings))
     assert resolved.policy.rules[0].dynamic_ratio == Decimal("0.5")
-    assert (resolved.policy.data.mean, resolved.policy.data.task) == ((0.5,), "glue/sst2")
+    assert (resolved.policy.data.mean, resolved.policy.data.label_column) == ((0.5,), "kind")
     assert resolved.origins["rules[0].dynamic_ratio"] == "option --set rules[0].dynamic_ratio=0.5"
     assert resolved.origins["rules[0].name"] == f"{path}:2"
 
@@ -121,7 +122,7 @@ def test_set_reaches_into_rules_and_lists(tmp_path: Path) -> None:
 def test_rendered_policy_reads_back_as_itself(tmp_path: Path) -> None:
     rules = "[{name: 're:a|b', dynamic_ratio: 0.123456789012345678901}, {role: stem, convert: true}]"
     text = f"version: 1\nextends: fast\nrules: {rules}\n"
-    resolved = load_policy(write(tmp_path, text), overrides=set_overrides(["train.lr=0.00001", "data.task='no'"]))
+    resolved = load_policy(write(tmp_path, text), overrides=set_overrides(["train.lr=0.00001", "data.label_key='no'"]))
     shown = render(resolved)
     assert load_policy(write(tmp_path, shown, "shown.yaml")).policy == resolved.policy
     assert "lr: 1.0e-05  # option --set train.lr=0.00001" in shown
@@ -209,6 +210,16 @@ dynamic_ratio: 0.2
         ("train: {steps: 1:30}", "YAML 1.1 reads '1:30' in its own way"),
         ("train: {steps: 010}", "YAML 1.1 reads '010' in its own way"),
         ("train: {steps: 1_000}", "YAML 1.1 reads '1_000' in its own way"),
+        ("train: {steps: 1e9}", "train.steps: must be a valid integer, not '1e9'. Write 1000000000."),
+        ("train: {steps: 1.0e+3}", "train.steps: must be a valid integer, not 1000.0. Write 1000."),
+        ("train: {steps: 1000000001}", "train.steps: must be less than or equal to 1000000000"),
+        ("train: {lr: no}", "train.lr: must be a valid number, not False. YAML reads no as false."),
+        ("defaults: {dynamic_ratio: no}", "must be a number from 0 to 1, not False. YAML reads no as false."),
+        ("defaults: {dynamic_ratio:}", "defaults.dynamic_ratio: must be a number from 0 to 1, not nothing."),
+        ("bad: 1", "bad: unknown key. There are version, extends, defaults, rules, partition, train, data."),
+        ("data: {task: glue/sst2}", "data.task: glue/sst2 needs a tokenizer, which this version does not have. Leave"),
+        ("data: {text_columns: [a, b]}", "data.text_columns: a, b needs a tokenizer, which this version does not"),
+        (f"extends: {'x' * 5000}", "is neither a preset (fast, paper, small) nor a file beside this one"),
         ("train: {steps: 2.5}", "train.steps: must be a valid integer, not 2.5."),
         ("train: {steps: '12'}", "It is quoted text; write the number without quotes."),
         ("defaults: {num_experts: 2.0}", "defaults.num_experts: must be a valid integer, not 2.0."),
@@ -258,6 +269,84 @@ def test_one_wrong_line(tmp_path: Path, text: str, expected: str) -> None:
 )
 def test_no_policy_at_all(tmp_path: Path, text: str, expected: str) -> None:
     assert any(expected in line for line in problems(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"train: {{steps: {'9' * 5000}}}",
+        f"train: {{steps: {'9' * 4000}}}",
+        f"train: {{steps: 0{'7' * 5000}}}",
+        f"train: {{steps: [{'9' * 4000}]}}",
+        f"train: {'x' * 5000}",
+        f"defaults: {{dynamic_ratio: '{'9' * 5000}'}}",
+        f"defaults: {{num_experts: {'x' * 5000}}}",
+        f"partition: {{score: {'x' * 5000}, scope: {'x' * 5000}}}",
+        f"rules: [{{name: {'9' * 4000}, convert: true}}]",
+        f"data: {{task: {'x' * 5000}, mean: {'9' * 4000}}}",
+        f"extends: {'x' * 5000}",
+    ],
+)
+def test_a_long_value_is_not_repeated_whole(tmp_path: Path, text: str) -> None:
+    lines = problems(tmp_path, f"version: 1\n{text}\n")
+    assert lines
+    assert all("…" in line and len(line) < 300 and "what its tag says" not in line for line in lines)
+
+
+def test_a_long_option_is_not_repeated_whole() -> None:
+    with pytest.raises(UsageError) as caught:
+        load_policy(overrides=set_overrides([f"train.steps={'9' * 5000}"]))
+    assert len(str(caught.value)) < 300
+
+
+def test_problems_come_in_the_order_of_the_lines(tmp_path: Path) -> None:
+    text = "version: 1\nbad: 1\ntrain: {steps: 0, lr: x}\ndefaults: {num_experts: 1}\nbad: 2\n"
+    assert [line.split(": ")[0] for line in problems(tmp_path, text)] == [f"p.yaml:{line}" for line in (2, 3, 3, 4, 5)]
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "(a+)+$",
+        "(a|ab)*",
+        "(a?){30}",
+        "(?>(a+)+)b",
+        "(?=(a*)*)b",
+        "((a)(?(2)b|c))*",
+        "((){200}){60000}",
+        ".*.*.*.*.*",
+        "a{0,2}" * 5,
+        "a?" * 30 + "a" * 30,
+        "(a|ab)" * 30,
+    ],
+)
+def test_an_expression_that_may_never_end_is_refused(tmp_path: Path, expression: str) -> None:
+    (line,) = problems(tmp_path, f"version: 1\nrules: [{{name: 're:{expression}', convert: true}}]\n")
+    assert line.startswith(f"p.yaml:2: rules[0].name: 're:{expression}' may take forever to match")
+    assert "two rules" in line
+
+
+@pytest.mark.parametrize(
+    ("expression", "name"),
+    [
+        ("layer[0-9]+[.](conv1|conv2)([.]x+)?", "layer12.conv2.xx"),
+        (r"(\w+\.)?(q|k|v|out)_proj", "h.out_proj"),
+        (r".*\.(query|value)\..*", "h.0.value.dense"),
+        ("((ab){2}c){2}", "ababcababc"),
+    ],
+)
+def test_expressions_of_use_are_read(expression: str, name: str) -> None:
+    assert name_matcher(f"re:{expression}")(name)
+    assert not name_matcher(f"re:{expression}")(f"{name}\n")
+
+
+def test_extends_was_said_where_it_stands(tmp_path: Path) -> None:
+    working = write(tmp_path, "# mine\nversion: 1\nextends: fast\n", "padconvert.yaml")
+    assert load_policy(working_file=working).origins["extends"] == f"{working}:3"
+    assert load_policy(None, "small", working_file=working).origins["extends"] == "option --preset small"
+    own = write(tmp_path, "version: 1\nextends: small\n")
+    assert load_policy(own, working_file=working).origins["extends"] == f"{own}:2"
+    assert load_policy(write(tmp_path, "version: 1\n")).origins["extends"] == "default"
 
 
 def test_an_alias_bomb_is_refused(tmp_path: Path) -> None:

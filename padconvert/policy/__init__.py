@@ -8,10 +8,10 @@ from padconvert.policy.model import (
     Policy,
     Rule,
     Train,
-    name_matcher,
     router_names,
     score_names,
 )
+from padconvert.policy.pattern import name_matcher
 from padconvert.policy.resolve import (
     DEFAULT_PRESET,
     WORKING_FILE,

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from padconvert.policy.document import Origin, Path_, Problem, dotted
+from padconvert.policy.document import Origin, Path_, Problem, dotted, shortened
 from padconvert.policy.model import Policy, role_names, router_names, score_names
 
 _YAML_BOOL = re.compile(r"(?i)(yes|no|on|off|y|n)")
@@ -62,26 +62,36 @@ def _words(detail: ErrorDetails, path: Path_, text: str) -> str:
     value, context = detail["input"], detail.get("ctx", {})
     match detail["type"]:
         case "extra_forbidden":
-            return "unknown key." + _near_key(path)
+            return "unknown key." + (_near_key(path) or _known_keys(path))
         case "missing":
             return "the key is missing"
         case "model_type" | "model_attributes_type":
-            return "has no keys; delete it or fill it" if value is None else f"must be a mapping of keys, not {value!r}"
+            return (
+                "has no keys; delete it or fill it"
+                if value is None
+                else f"must be a mapping of keys, not {_shown(value)}"
+            )
         case "tuple_type":
-            return f"must be a list, such as [{value}]"
+            return f"must be a list, such as [{shortened(str(value))}]"
         case "literal_error":
             return f"must be {context['expected']}, not {_shown(value)}." + _hint(value, text, _choices(context))
         case "value_error":
             return str(context["error"]) + _near_name(path, value)
+        case "is_instance_of" if path[-1] == "dynamic_ratio":
+            return f"must be a number from 0 to 1, not {_shown(value)}." + _numeric_hint(value, text, whole=False)
+        case "int_type" | "int_from_float" | "float_type":
+            whole = detail["type"] != "float_type"
+            message = "must be a valid integer" if whole else "must be a valid number"
+            return f"{message}, not {_shown(value)}." + _numeric_hint(value, text, whole=whole)
         case "string_type" if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return f"must be text; quote it: '{text or value}'"
+            return f"must be text; quote it: '{shortened(text or str(value))}'"
         case _:
             message = detail["msg"].replace("Input should be ", "must be ")
             return f"{message}, not {_shown(value)}." + _hint(value, text, [])
 
 
 def _shown(value: object) -> str:
-    return "nothing" if value is None else repr(value) if isinstance(value, str) else str(value)
+    return "nothing" if value is None else shortened(repr(value) if isinstance(value, str) else str(value))
 
 
 def _choices(context: Mapping[str, Any]) -> list[str]:
@@ -93,14 +103,31 @@ def _hint(value: object, text: str, choices: list[str]) -> str:
     if isinstance(value, bool) and _YAML_BOOL.fullmatch(text):
         meant = " write none." if "none" in choices and not value else f" quote it: '{text}'." if not choices else ""
         return f" YAML reads {text} as {str(value).lower()}{';' if meant else '.'}{meant}"
-    if isinstance(value, str) and (found := _EXPONENT.fullmatch(value)):
+    return did_you_mean(value, choices) if isinstance(value, str) else ""
+
+
+def _numeric_hint(value: object, text: str, *, whole: bool) -> str:
+    """How the number that was meant is written, as far as that can be told."""
+    if isinstance(value, bool):
+        return f" YAML reads {text} as {str(value).lower()}." if _YAML_BOOL.fullmatch(text) else ""
+    if whole and (number := _whole(value)) is not None:
+        return f" Write {number}."
+    if isinstance(value, str) and (found := _EXPONENT.fullmatch(value)) and not whole:
         mantissa, fraction, exponent = found.groups()
         sign = exponent if exponent[0] in "+-" else f"+{exponent}"
         written = f"{mantissa}{fraction if fraction and len(fraction) > 1 else '.0'}e{sign}"
-        return f" YAML reads {value} as text; write {written}."
-    if isinstance(value, str) and not choices and re.fullmatch(r"[-+0-9.]+", value):
+        return f" YAML reads {shortened(value)} as text; write {shortened(written)}."
+    if isinstance(value, str) and re.fullmatch(r"[-+0-9.]+", value):
         return " It is quoted text; write the number without quotes."
-    return did_you_mean(value, choices) if isinstance(value, str) else ""
+    return ""
+
+
+def _whole(value: object) -> int | None:
+    """The integer that was written with an exponent or a point, if it is one of a size that makes sense."""
+    if isinstance(value, str) and not _EXPONENT.fullmatch(value):
+        return None
+    number = float(value) if isinstance(value, (str, float)) else float("nan")
+    return int(number) if abs(number) <= 2**53 and number.is_integer() else None
 
 
 def _near_name(path: Path_, value: object) -> str:
@@ -118,6 +145,11 @@ def _near_key(path: Path_) -> str:
     everywhere = list(_leaves(Policy, ()))
     same = [name for name in everywhere if key in (name, name.rpartition(".")[2])]
     return f" Did you mean {same[0]!r}?" if same else did_you_mean(key, everywhere)
+
+
+def _known_keys(path: Path_) -> str:
+    section = _model_at(path[:-1])
+    return f" There are {', '.join(section.model_fields)}." if section else ""
 
 
 def _model_at(path: Path_) -> type[BaseModel] | None:

@@ -18,6 +18,7 @@ from padconvert.errors import PolicyError
 MAX_BYTES = 256 * 1024
 MAX_NODES = 20_000  # after aliases are followed
 MAX_DEPTH = 16
+MAX_SHOWN = 60  # characters of a value that a message repeats
 
 Path_ = tuple[str | int, ...]
 _TAG = "tag:yaml.org,2002:"
@@ -34,6 +35,10 @@ class Origin:
     rank: int = 0
     line: int = 0
     text: str = ""
+
+    @property
+    def file(self) -> str:
+        return self.where.removesuffix(f":{self.line}")
 
     @property
     def is_option(self) -> bool:
@@ -62,6 +67,11 @@ class Document:
 def dotted(path: Path_) -> str:
     """`("rules", 0, "name")` as `rules[0].name`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def shortened(text: str) -> str:
+    """`text` as a message may show it: its first characters, and how many there are."""
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}… ({len(text):,} characters)"
 
 
 def read_text(path: Path) -> str:
@@ -162,13 +172,18 @@ class _Reader:
         is_number = node.tag in (_TAG + "int", _TAG + "float")
         if is_number and not _PLAIN_NUMBER.fullmatch(text) and not _NOT_FINITE.fullmatch(text):
             self._problem(
-                node, path, f"YAML 1.1 reads {text!r} in its own way; write a plain decimal number or quote it"
+                node,
+                path,
+                f"YAML 1.1 reads {shortened(text)!r} in its own way; write a plain decimal number or quote it",
             )
             return None
         try:
             value: object = self.constructor.construct_object(node)
         except (ValueError, KeyError, yaml.YAMLError):
-            self._problem(node, path, f"{text!r} is not what its tag says")
+            if node.style is None and is_number:
+                self._problem(node, path, f"{shortened(text)} is too long for a number; write fewer digits")
+            else:
+                self._problem(node, path, f"{shortened(text)!r} is not what its tag says")
             return None
         return value
 

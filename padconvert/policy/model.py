@@ -5,12 +5,10 @@ The models carry no defaults: those stand in `presets/paper.yaml`. A `Rule` leav
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -22,10 +20,17 @@ from pydantic import (
     model_validator,
 )
 
+from padconvert.policy.document import shortened
+from padconvert.policy.pattern import name_matcher
 from padconvert.words import Role
 
 PACKAGE = Path(__file__).parent.parent
-MAX_PATTERN = 200  # characters of a rule's name pattern
+Texts = TypeVar("Texts", str | None, tuple[str, ...])
+NO_TOKENIZER = (
+    "needs a tokenizer, which this version does not have. Leave it out, and give tokenized arrays in an .npz file "
+    "with data.input_key: input_ids,attention_mask"
+)
+MAX_COUNT = 10**9  # of steps, samples, experts: more is a slip of the pen
 MAX_PLACES = 24  # decimal places of a ratio: a bound on the exact arithmetic that follows
 
 
@@ -44,22 +49,6 @@ def router_names() -> tuple[str, ...]:
 
 def role_names() -> tuple[str, ...]:
     return tuple(role.value for role in Role)
-
-
-def name_matcher(pattern: str) -> Callable[[str], bool]:
-    """A predicate on layer names: `re:` patterns must match the whole name, anything else is a glob.
-
-    Raises ValueError where a `re:` pattern does not compile or is longer than `MAX_PATTERN`.
-    """
-    if len(pattern) > MAX_PATTERN:
-        raise ValueError(f"the pattern has {len(pattern)} characters; {MAX_PATTERN} are allowed")
-    if not pattern.startswith("re:"):
-        return lambda name: fnmatch.fnmatchcase(name, pattern)
-    try:
-        compiled = re.compile(pattern.removeprefix("re:"))
-    except (re.error, OverflowError) as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-    return lambda name: compiled.fullmatch(name) is not None
 
 
 def _checked_pattern(pattern: str) -> str:
@@ -86,10 +75,18 @@ def _decimal(value: object) -> object:
 def _one_of(names: Callable[[], tuple[str, ...]]) -> Callable[[str], str]:
     def check(value: str) -> str:
         if value not in names():
-            raise ValueError(f"{value!r} is none of {', '.join(names())}.")
+            raise ValueError(f"{shortened(value)!r} is none of {', '.join(names())}.")
         return value
 
     return check
+
+
+def _needs_no_tokenizer(value: Texts) -> Texts:
+    """The seam for text: `task` and `text_columns` are keys of format 1, and what they ask for is not there yet."""
+    if value:
+        words = value if isinstance(value, str) else ", ".join(value)
+        raise ValueError(f"{shortened(words)} {NO_TOKENIZER}")
+    return value
 
 
 _RATIO_SCHEMA = {"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"type": "string"}]}
@@ -99,7 +96,7 @@ Ratio = Annotated[
     Field(ge=0, le=1, decimal_places=MAX_PLACES),
     WithJsonSchema(_RATIO_SCHEMA, mode="validation"),
 ]
-Experts = Annotated[int, Field(ge=2)]
+Experts = Annotated[int, Field(ge=2, le=MAX_COUNT)]
 GranularityName = Literal["element", "channel", "neuron"]
 Scales = Literal["both", "none"]
 RoutingName = Literal["token", "sequence"]
@@ -112,7 +109,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Word = Annotated[str, Field(min_length=1)]
 
 
@@ -207,12 +204,12 @@ class Data(Section):
     std: tuple[Positive, ...]
     augment: tuple[Literal["crop", "flip"], ...]
     size: tuple[Count, Count] | None
-    text_columns: tuple[Word, ...]
+    text_columns: Annotated[tuple[Word, ...], AfterValidator(_needs_no_tokenizer)]
     label_column: Word
     input_key: Word
     label_key: Word
     holdout: BelowOne
-    task: Word | None
+    task: Annotated[Word | None, AfterValidator(_needs_no_tokenizer)]
 
     @model_validator(mode="after")
     def _as_many(self) -> Data:

@@ -12,7 +12,17 @@ from pathlib import Path
 
 from padconvert.errors import PadconvertError, PolicyError, UsageError
 from padconvert.policy.check import check, did_you_mean, origin_of
-from padconvert.policy.document import Document, Origin, Path_, Problem, dotted, parse, parse_value, read_text
+from padconvert.policy.document import (
+    Document,
+    Origin,
+    Path_,
+    Problem,
+    dotted,
+    parse,
+    parse_value,
+    read_text,
+    shortened,
+)
 from padconvert.policy.model import PACKAGE, Policy
 
 DEFAULT_PRESET = "paper"
@@ -77,9 +87,12 @@ def set_overrides(settings: Iterable[str]) -> dict[str, object]:
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
-            raise UsageError(f"--set {setting}: write it as KEY=VALUE, for example --set train.steps=200")
-        overrides[key.strip()] = Option(_YamlText(text), f"--set {setting}")
+            raise UsageError(f"--set {shortened(setting)}: write it as KEY=VALUE, for example --set train.steps=200")
+        overrides[key.strip()] = Option(_YamlText(text), f"--set {shortened(setting)}")
     return overrides
+
+
+_Chain = tuple[list[Document], str | None]
 
 
 class _YamlText(str):
@@ -99,12 +112,12 @@ def load_policy(
     Raises PolicyError with every problem found, or UsageError where only options are to blame.
     """
     problems: list[Problem] = []
-    own = _chain(file, problems, trusted=True) if file else ([], None)
-    working = _chain(working_file, problems, trusted=False) if working_file else ([], None)
+    own: _Chain = _chain(file, problems, trusted=True) if file else ([], None)
+    working: _Chain = _chain(working_file, problems, trusted=False) if working_file else ([], None)
     if preset is not None and own[1] is not None and own[1] != preset:
         raise UsageError(f"--preset {preset}: {file} already extends {own[1]!r}; drop one of the two")
     base = own[1] or preset or working[1] or DEFAULT_PRESET
-    stack = _Stack(base)
+    stack = _Stack(base, _said_by(base, own, preset, working))
     for rank, document in enumerate([*_preset_chain(base), *working[0], *own[0]]):
         stack.add(document, rank)
     stack.apply(overrides or {})
@@ -115,14 +128,30 @@ def load_policy(
     return Resolved(stack.policy, stack.where(), tuple(stack.notes(working_file)))
 
 
+def _said_by(base: str, own: _Chain, preset: str | None, working: _Chain) -> Origin:
+    """Who named the preset at the bottom."""
+    chain = own if own[1] else working
+    if chain[1] and (own[1] or not preset):
+        return chain[0][0].origins[("extends",)]
+    return Origin(f"option --preset {base}" if preset else "default")
+
+
 def _error(problems: list[Problem]) -> PadconvertError:
     # Each value is reported once: not again with the next file, nor as missing where it could not be read.
     first = {(problem.origin.where, problem.path): problem for problem in reversed(problems)}
-    unique = list(dict.fromkeys(str(problem) for problem in problems if problem in first.values()))
+    unique = list(dict.fromkeys(str(problem) for problem in _in_order(problems) if problem in first.values()))
     kind = UsageError if all(problem.origin.is_option for problem in problems) else PolicyError
     if len(unique) == 1:
         return kind(unique[0])
     return kind("\n  ".join([f"{len(unique)} problems in the policy:", *unique]))
+
+
+def _in_order(problems: list[Problem]) -> list[Problem]:
+    """As they are read: file by file and line by line, the options last."""
+    files = list(dict.fromkeys(problem.origin.file for problem in problems))
+    return sorted(
+        problems, key=lambda found: (found.origin.is_option, files.index(found.origin.file), found.origin.line)
+    )
 
 
 def _preset_chain(name: str) -> list[Document]:
@@ -132,7 +161,7 @@ def _preset_chain(name: str) -> list[Document]:
     return [*(_preset_chain(parent) if isinstance(parent, str) else []), document]
 
 
-def _chain(path: Path, problems: list[Problem], *, trusted: bool) -> tuple[list[Document], str | None]:
+def _chain(path: Path, problems: list[Problem], *, trusted: bool) -> _Chain:
     """The documents of a file and of all it extends, first things first, and the preset at the bottom."""
     documents: list[Document] = []
     seen: list[Path] = []
@@ -149,18 +178,25 @@ def _chain(path: Path, problems: list[Problem], *, trusted: bool) -> tuple[list[
         if extends is None or extends in preset_names():
             return documents, extends if isinstance(extends, str) else None
         target = path.parent / str(extends)
-        if not isinstance(extends, str) or not target.is_file() or target.resolve() in seen:
+        if not isinstance(extends, str) or not _is_file(target) or target.resolve() in seen:
             problems.append(Problem(document.origins[("extends",)], ("extends",), _extends_text(extends, target, seen)))
             return documents, None
         path = target
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file system takes
+        return False
+
+
 def _extends_text(extends: object, target: Path, seen: list[Path]) -> str:
-    if isinstance(extends, str) and target.resolve() in seen:
+    if isinstance(extends, str) and _is_file(target) and target.resolve() in seen:
         return f"{extends!r} extends this file in turn; a policy cannot extend itself"
     names = list(preset_names())
     near = did_you_mean(extends, names) if isinstance(extends, str) else ""
-    return f"{extends!r} is neither a preset ({', '.join(names)}) nor a file beside this one.{near}"
+    return f"{shortened(repr(extends))} is neither a preset ({', '.join(names)}) nor a file beside this one.{near}"
 
 
 def _version_problems(document: Document, path: Path) -> list[Problem]:
@@ -212,9 +248,9 @@ def _strings(value: object, path: Path_) -> list[tuple[Path_, str]]:
 class _Stack:
     """The values so far, and where each was said. Each file is checked when it is laid on top."""
 
-    def __init__(self, base: str) -> None:
+    def __init__(self, base: str, origin: Origin) -> None:
         self.values: dict[str, object] = {"version": 1, "extends": base}
-        self.origins: dict[Path_, Origin] = {("extends",): Origin(f"preset {base}")}
+        self.origins: dict[Path_, Origin] = {("extends",): origin}
         self.problems: list[Problem] = []
         self.policy: Policy | None = None
         self.optimizers: dict[int, object] = {}
@@ -231,7 +267,7 @@ class _Stack:
 
     def apply(self, overrides: Mapping[str, object]) -> None:
         for key, given in overrides.items():
-            option = given if isinstance(given, Option) else Option(given, f"--set {key}={given}")
+            option = given if isinstance(given, Option) else Option(given, shortened(f"--set {key}={given}"))
             origin = Origin(f"option {option.flag}", _OPTION_RANK)
             path = _split(key)
             value = option.value

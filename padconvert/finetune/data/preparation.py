@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from padconvert.errors import PolicyError
 from padconvert.finetune.data.examples import Batch, Examples, known_labels
 from padconvert.finetune.data.spec import DataPolicy
+from padconvert.policy.model import NO_TOKENIZER
 
 AUGMENTATIONS = ("crop", "flip")
 
@@ -106,10 +107,7 @@ class Prepared:
 def preparation_of(spec: DataPolicy) -> Preparation:
     """The preparation that a policy's `data:` block asks for. Raises `PolicyError`."""
     if spec.task is not None:
-        raise PolicyError(
-            f"data.task: {spec.task} needs a tokenizer, which this version does not have. Leave it out, and give "
-            "tokenized arrays in an .npz file with data.input_key: input_ids,attention_mask"
-        )
+        raise PolicyError(f"data.task: {spec.task} {NO_TOKENIZER}")
     unknown = sorted(set(spec.augment) - set(AUGMENTATIONS))
     if unknown:
         raise PolicyError(f"data.augment: {unknown[0]!r} is unknown. Choose from {', '.join(AUGMENTATIONS)}")
