@@ -24,6 +24,20 @@ if TYPE_CHECKING:
     from padconvert.partition import Partitioner as Partitioner
     from padconvert.rewrite import rewrite_ as rewrite_
 
+__all__ = [
+    "ConvertOptions",
+    "PadconvertError",
+    "Partitioner",
+    "convert",
+    "export",
+    "fold",
+    "fold_",
+    "load",
+    "plan",
+    "rewrite_",
+    "save",
+]
+
 #: public name → the module it lives in
 _HOMES = {
     "ConvertOptions": "padconvert.options",

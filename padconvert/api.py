@@ -28,7 +28,7 @@ from padconvert.load.artefact import load_checkpoint
 from padconvert.load.opened import static_twin
 from padconvert.load.source import own_tensors
 from padconvert.plan import Plan, Route, make_plan
-from padconvert.policy import Policy, Resolved, load_policy
+from padconvert.policy import Policy, Resolved, did_you_mean, load_policy, preset_names
 from padconvert.results import Verification
 from padconvert.rewrite import pad_layers
 from padconvert.verify import spec_of
@@ -50,11 +50,18 @@ def plan(
     """The plan for a model in memory, which is not changed.
 
     `policy` is a policy, a YAML file or a preset's name (default: `paper`). `inputs` is an example batch; without
-    one, inputs are found by trying. Raises PolicyError, or NothingEligibleError where no layer can be converted.
+    one, inputs are found by trying. Raises PolicyError, NothingEligibleError where no layer can be converted, and
+    UsageError for a `model` or `policy` that is none.
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"padconvert.plan: {_named(model)} is no nn.Module. Give the model itself; "
+            "for a saved one there is padconvert.convert(path)."
+        )
+    resolved = _policy(policy)
     probe = find_probe(model, None) if inputs is None else probe_of_batch(inputs)
     tensors = {name: (tuple(tensor.shape), tensor.element_size()) for name, tensor in own_tensors(model).items()}
-    return make_plan(walk(model, probe), _policy(policy), route=route, seed=seed, tensors=tensors)
+    return make_plan(walk(model, probe), resolved, route=route, seed=seed, tensors=tensors)
 
 
 def _policy(policy: Policy | Resolved | str | os.PathLike[str] | None) -> Policy | Resolved:
@@ -63,10 +70,24 @@ def _policy(policy: Policy | Resolved | str | os.PathLike[str] | None) -> Policy
             return policy
         case None:
             return load_policy()
-        case str() if not Path(policy).suffix:
+        case str() if policy in preset_names():
             return load_policy(preset=policy)
-        case _:
+        case str() if not Path(policy).suffix:
+            raise UsageError(
+                f"policy={policy!r}: there is no such preset; there are {', '.join(preset_names())}."
+                f"{did_you_mean(policy, list(preset_names()))} A policy file is named with its ending, or as a Path."
+            )
+        case str() | os.PathLike():
             return load_policy(Path(policy))
+        case _:
+            raise UsageError(
+                f"policy={_named(policy)}: give a preset's name, a policy file or a Policy. Single settings go through "
+                "padconvert.policy.load_policy(overrides={'train.steps': 5})."
+            )
+
+
+def _named(value: object) -> str:
+    return repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def fold(model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import padconvert
 from padconvert.errors import FileError, NothingEligibleError, PolicyError, UnsafeError, UsageError
 from padconvert.layers.pad import PadLayer
+from padconvert.load import open_source
 from padconvert.policy import Policy, load_policy
 from padconvert.rewrite import pad_layers
 
@@ -148,12 +149,36 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
         padconvert.plan(nn.Sequential(nn.ReLU()))
     with pytest.raises(UsageError, match="papr"):
         padconvert.plan(seeded(chain), "papr")
+    with pytest.raises(UsageError, match=r"policy='smal': .* Did you mean 'small'\?") as caught:
+        padconvert.plan(seeded(chain), "smal")
+    assert "--" not in str(caught.value)
+    with pytest.raises(UsageError, match=r"policy=a dict: .*load_policy\(overrides="):
+        padconvert.plan(seeded(chain), {"train.steps": 5})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"'model\.pt' is no nn\.Module\. .* padconvert\.convert\(path\)"):
+        padconvert.plan("model.pt")  # type: ignore[arg-type]
     with pytest.raises(PolicyError, match="absent"):
         padconvert.plan(seeded(chain), tmp_path / "absent.yaml")
     lone = nn.Conv2d(2, 2, 3)
     rules = policy(rules=[{"name": "*", "convert": True}])
     with pytest.raises(PolicyError, match="container"):
         padconvert.rewrite_(lone, padconvert.plan(lone, rules))
+
+
+def test_all_public_names_are_there_and_named() -> None:
+    assert sorted(padconvert.__all__) == sorted(padconvert._HOMES)
+    names: dict[str, object] = {}
+    exec("from padconvert import *", names)
+    assert names.keys() >= set(padconvert.__all__)
+    assert names["plan"] is padconvert.api.plan
+
+
+def test_a_converted_model_saved_by_torch_is_told_how_it_is_written(tmp_path: Path) -> None:
+    model = seeded(chain)
+    padconvert.rewrite_(model, padconvert.plan(model, inputs=images(2)))
+    torch.save(model, tmp_path / "m.pt")
+    with pytest.raises(UnsafeError, match=r"padconvert\.save\(model, path\)") as caught:
+        open_source(tmp_path / "m.pt")
+    assert "--trust" not in str(caught.value)
 
 
 # ---- one's own loop ----------------------------------------------------------------------------------------------

@@ -153,8 +153,19 @@ def test_a_rule_in_the_shadow_of_others_is_noted() -> None:
 def test_nothing_eligible_says_why() -> None:
     with pytest.raises(NothingEligibleError, match=r"1 × tied_weight .* 1 × head_static"):
         planned(Walk((NET.layers[4], NET.layers[7]), "tree"))
-    with pytest.raises(NothingEligibleError, match="no convolution or linear layer"):
+    with pytest.raises(NothingEligibleError, match=r"no convolution or linear layer.* nn\.Conv1d, .* nn\.Linear"):
         planned(Walk((), "tree"))
+
+
+def test_nothing_eligible_advises_only_what_can_help() -> None:
+    tied, head = NET.layers[4], NET.layers[7]
+    with pytest.raises(NothingEligibleError, match="No rule can change that") as caught:
+        planned(Walk((tied, layer("q", (8, 8), reason=Reason.WEIGHT_READ_BY_PARENT)), "tree"))
+    assert "convert: true" not in str(caught.value)
+    with pytest.raises(NothingEligibleError, match="A rule with 'convert: true' asks for a layer"):
+        planned(Walk((tied, head), "tree"))
+    with pytest.raises(NothingEligibleError, match="Drop or narrow the rules that say 'convert: false'"):
+        planned(Walk((tied, head), "tree"), rules=[{"name": "*", "convert": False}])
 
 
 def test_neuron_is_refused_by_name() -> None:
@@ -407,6 +418,8 @@ def test_explain_says_who_decided() -> None:
     assert "convert: rules[0] (name 'layer1.conv1'; option --set rules=" in text
     assert "dynamic_ratio: 0.5  # rules[0].dynamic_ratio" in text
     assert "num_experts: 4  # defaults.num_experts, preset paper" in text
+    assert "routing: map  # convolutions are always routed by the mean of their input map" in text
+    assert "routing: token  # defaults.routing, preset paper" in explain_layer(plan, "layer2.mlp")
     assert "dynamic units: 1,152 of 2,304" in text
     assert "static: the first convolution stays static by default (stem_static)" in explain_layer(plan, "stem")
     assert "ineligible: its weight belongs to another module too; rules[1]" in explain_layer(plan, "layer2.tied")

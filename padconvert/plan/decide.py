@@ -115,7 +115,23 @@ def _choice(info: LayerInfo, policy: Policy, rule: int | None) -> LayerChoice:
 
 def _nothing(layers: Sequence[LayerPlan]) -> str:
     if not layers:
-        return "the source has no convolution or linear layer, so there is nothing to convert"
+        return (
+            "the source has no convolution or linear layer, so there is nothing to convert. What can be converted are "
+            "nn.Conv1d, nn.Conv2d, nn.Conv3d and nn.Linear, and subclasses that keep their forward"
+        )
     counts: Mapping[Reason, int] = Counter(layer.reason for layer in layers)
     listed = ", ".join(f"{count} × {reason.value} ({reason.explanation})" for reason, count in counts.items())
-    return f"no layer is left to convert: {listed}. A rule with 'convert: true' asks for a layer kept static by default"
+    return f"no layer is left to convert: {listed}. {_way_out(layers)}"
+
+
+def _way_out(layers: Sequence[LayerPlan]) -> str:
+    """What a policy could change, if it could change anything."""
+    static = [layer for layer in layers if layer.verdict is Verdict.STATIC]
+    if not static:
+        return (
+            "No rule can change that. What can be converted are convolutions and linear layers that are called "
+            "themselves and own their weight"
+        )
+    if all(layer.reason is Reason.POLICY_RULE for layer in static):
+        return "Drop or narrow the rules that say 'convert: false'"
+    return "A rule with 'convert: true' asks for a layer kept static by default"

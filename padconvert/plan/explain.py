@@ -6,7 +6,7 @@ from padconvert.errors import UsageError
 from padconvert.plan.count import n_entries
 from padconvert.plan.model import LayerPlan, Plan
 from padconvert.policy import Rule, did_you_mean, said_at
-from padconvert.words import Verdict
+from padconvert.words import Routing, Verdict
 
 SETTINGS = ("dynamic_ratio", "num_experts", "granularity", "scales", "router", "routing")
 
@@ -51,6 +51,8 @@ def _rule(plan: Plan, index: int) -> str:
 
 
 def _setting(plan: Plan, layer: LayerPlan, key: str) -> str:
+    if key == "routing" and layer.choice is not None and layer.choice.routing is Routing.MAP:
+        return f"{key}: {layer.choice.routing}  # convolutions are always routed by the mean of their input map"
     by_rule = layer.rule is not None and key in plan.policy.rules[layer.rule].overrides()
     path = f"rules[{layer.rule}].{key}" if by_rule else f"defaults.{key}"
     said = said_at(plan.origins, path)
