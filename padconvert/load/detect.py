@@ -68,8 +68,10 @@ def _detect_zip(place: Path) -> InputKind:
         with zipfile.ZipFile(place) as archive:
             names = [name.partition("/")[2] or name for name in archive.namelist()]
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        # zipfile looks for the directory first, and calls a file without one no zip file at all
+        why = "the directory at its end is missing" if "not a zip file" in str(error) else str(error)
         raise FileError(
-            f"{place}: a zip archive that is damaged or cut off ({error}). Save or download it again."
+            f"{place}: a zip archive that is damaged or cut off ({why}). Save or download it again."
         ) from error
     if "constants.pkl" in names or any(name.startswith("code/") for name in names):
         return InputKind.TORCHSCRIPT
