@@ -77,6 +77,8 @@ UNREAD_PACKAGES = (
 HINTS = (
     ("__main__", "its class was defined in a script. Move the class into a module (net.py) and save the model again "
      "from there, or save its state dict and name a factory with --arch net:make"),
+    ("padconvert.", "it is converted already: write it with padconvert.save(model, path), and read that file with "
+     "padconvert.load(path)"),
     ("torch.fx", "save the module before tracing it, or export it with torch.export.save"),
     ("torch.jit", "TorchScript cannot be converted: export it again, or give its state dict and --arch"),
     ("torch._dynamo", "save the module below torch.compile (model._orig_mod)"),
