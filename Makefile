@@ -6,11 +6,12 @@ STAMP := $(VENV)/.installed
 # One worker a core; each test process computes on one thread.
 TESTS := $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help install test lint format demo clean
+.PHONY: help install test soak lint format demo clean
 
 help:
 	@echo "make demo    a small network learns, is converted, and is held beside its neighbours (under 3 minutes)"
 	@echo "make test    the tests"
+	@echo "make soak    100,000 damaged files, every bit of an artefact, 51 killed runs (about ten minutes on two cores)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff's formatter and its safe fixes"
 	@echo "make clean   removes what the other targets made"
@@ -28,6 +29,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: $(STAMP)
 	@OMP_NUM_THREADS=1 $(TESTS)
+
+# Resumable: what is done is kept in .soak until the code changes.
+soak: $(STAMP)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m soak.run
 
 lint: $(STAMP)
 	@$(BIN)/ruff check
@@ -48,4 +53,4 @@ demo: $(STAMP)
 	cd demo && padconvert verify model.pad.safetensors --against model.pt
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .soak
