@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 
+from padconvert.cli.stdout import named, require_streams
 from padconvert.errors import FileError, GateError, Interrupted, PadconvertError, UsageError
 
 BROKEN_PIPE = 141  # what a shell reports for a writer whose reader has left
@@ -28,8 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(words: list[str]) -> int:
     try:
+        require_streams()
         exit_code = _run(words)
-        sys.stdout.flush()
+        with named():
+            sys.stdout.flush()
         return exit_code
     except BrokenPipeError:
         _abandon_stdout()

@@ -59,8 +59,8 @@ def _dynamic_entries(entry: LayerPlan, model: nn.Module | None) -> int | None:
     return None if entry.n_dynamic is None else entry.n_dynamic * size
 
 
-def planned_totals(plan: Plan) -> Totals:
-    """The plan's prediction as totals; the header is not known yet."""
+def planned_totals(plan: Plan, source_bytes: int) -> Totals:
+    """The plan's prediction as totals; the header is not known yet. `source_bytes` is the source's whole file."""
     cost = plan.cost
     entries = sum(math.prod(entry.info.weight_shape) for entry in plan.converted)
     pooled = {name for pool in plan.pools for name in pool.names}
@@ -71,13 +71,16 @@ def planned_totals(plan: Plan) -> Totals:
         params_source=cost.params_source,
         params_output=cost.params_output,
         params_fully_dynamic=cost.params_fully_dynamic,
-        bytes_source=cost.bytes_source,
+        bytes_source=source_bytes,
         bytes_output=cost.bytes_output,
         bytes_fully_dynamic=cost.bytes_fully_dynamic,
         bytes_values=cost.bytes_values,
         bytes_masks=cost.bytes_masks,
         bytes_router=cost.bytes_router,
         bytes_header=0,
+        tensor_bytes_source=cost.bytes_source,
+        tensor_bytes_output=cost.bytes_output,
+        tensor_bytes_fully_dynamic=cost.bytes_fully_dynamic,
         dynamic_ratio=dynamic / entries if entries else 0.0,
         macs_source=_macs(plan),
     )
@@ -110,7 +113,7 @@ def file_totals(plan: Plan, checkpoint: Checkpoint, model: nn.Module, sizes: Ten
     params += sum(math.prod(slot.shape) for slot in checkpoint.header.tensors.values())
     plain = sum(_plain_bytes(entry, checkpoint, model) for entry in plan.converted)
     _check_prediction(plan, model, sizes, values + plain, masks)
-    predicted = planned_totals(plan)
+    predicted = planned_totals(plan, source_bytes)
     header = checkpoint.header.data_start
     results = [result for result in layer_results(plan, model) if result.n_dynamic is not None]
     entries = sum((result.n_dynamic or 0) + (result.n_static or 0) for result in results)
@@ -126,6 +129,9 @@ def file_totals(plan: Plan, checkpoint: Checkpoint, model: nn.Module, sizes: Ten
         bytes_masks=masks,
         bytes_router=router,
         bytes_header=header,
+        tensor_bytes_source=predicted.tensor_bytes_source,
+        tensor_bytes_output=checkpoint.header.file_size - header,
+        tensor_bytes_fully_dynamic=predicted.tensor_bytes_fully_dynamic,
         dynamic_ratio=sum(result.n_dynamic or 0 for result in results) / entries if entries else 0.0,
         macs_source=predicted.macs_source,
     )

@@ -21,6 +21,7 @@ from padconvert.load.opened import Opened, open_input
 from padconvert.neighbours import train_
 from padconvert.options import ConvertOptions
 from padconvert.plan import Plan, Route, check_plan_fits, check_plan_terms, make_plan, plan_to_json, read_plan
+from padconvert.plan.cost import cost_of
 from padconvert.plan.memory import least_file_bytes, peak_memory
 from padconvert.policy import Policy, Resolved
 from padconvert.precision import restore_dtypes_
@@ -95,6 +96,7 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
         timing=clock.laps,
         warnings=tuple(why_not),
         notes=_notes(opened, resolved, plan, walked, data),
+        plan_file=_name(options.plan_out),
         history=tuple(trained.history),
         gates=(*gates, *size_gate(written.bytes, options.max_size)),
     )
@@ -112,7 +114,7 @@ def _check_files(source: Path, output: Path, options: ConvertOptions) -> None:
         check_target(output, force=options.force, source=source)
         _check_not_read(output, options)
     if options.plan_out is not None:
-        check_target(options.plan_out, force=options.force, source=source)
+        check_target(options.plan_out, force=options.force, source=source, option="--plan-out")
         _check_not_read(options.plan_out, options)
         if not options.dry_run and options.plan_out.resolve() == output.resolve():
             raise UsageError(f"--plan-out {options.plan_out}: is the output as well; name another file.")
@@ -233,7 +235,7 @@ def _dry_run(
     return Conversion(
         source=SourceFile(str(opened.path), opened.kind, opened.bytes, opened.sha256),
         output=None,
-        totals=planned_totals(plan),
+        totals=planned_totals(plan, opened.bytes),
         layers=layer_results(plan, None),
         equality=None,
         metrics=None,
@@ -242,6 +244,7 @@ def _dry_run(
         timing=clock.laps,
         warnings=(),
         notes=_notes(opened, resolved, plan, walked, None),
+        plan_file=_name(options.plan_out),
         gates=gates,
     )
 
@@ -249,7 +252,23 @@ def _dry_run(
 def _notes(opened: Opened, resolved: Resolved, plan: Plan, walked: Walk, data: Data | None) -> tuple[str, ...]:
     """What a person wants to know, each thing once: a plan brings its policy's notes along."""
     said = (*opened.notes, *resolved.notes, *plan.notes, *walked.notes, *(data.notes if data is not None else ()))
-    return tuple(dict.fromkeys(said))
+    return tuple(dict.fromkeys((*said, *_once_trained(opened, plan))))
+
+
+def _once_trained(opened: Opened, plan: Plan) -> list[str]:
+    """What fine-tuning makes of an artefact whose experts are still equal, and stored once."""
+    if plan.route == "trained" or not plan.converted:
+        return []
+    cost = cost_of(plan.layers, plan.pools, "trained", opened.sizes)
+    params, size = cost.params_output / cost.params_source, cost.bytes_output / cost.bytes_source
+    return [
+        f"its experts are equal and stored once; fine-tuning makes them differ: {params:.2f}× the source's parameters, "
+        f"{size:.2f}× its tensor bytes"
+    ]
+
+
+def _name(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _unequal(equal: Equality) -> str:

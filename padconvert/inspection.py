@@ -40,7 +40,14 @@ def inspect_file(path: str | Path, options: ConvertOptions) -> Inspection:
         }
         dtypes = {name: slot.dtype for name, slot in header.tensors.items()}
         return _of_tensors(path, "safetensors", header.file_size, sizes, dtypes)
-    source = open_source(path, arch=options.arch, arch_args=options.arch_args, trust=options.trust, hash=False)
+    source = open_source(
+        path,
+        arch=options.arch,
+        arch_args=options.arch_args,
+        trust=options.trust,
+        state_key=options.state_key,
+        hash=False,
+    )
     return _of_source(path, source, options)
 
 
@@ -61,10 +68,17 @@ def _of_source(path: Path, source: Source, options: ConvertOptions) -> Inspectio
     except NothingEligibleError as error:
         layers = tuple(_unplanned(info) for info in found.layers)
         return Inspection(
-            str(path), source.kind, source.bytes, _unconverted(layers, sizes), layers, (*notes, str(error))
+            str(path),
+            source.kind,
+            source.bytes,
+            _unconverted(layers, sizes, source.bytes),
+            layers,
+            (*notes, str(error)),
         )
     layers = layer_results(plan, None)
-    return Inspection(str(path), source.kind, source.bytes, _predicted(plan, found), layers, (*notes, *plan.notes))
+    return Inspection(
+        str(path), source.kind, source.bytes, _predicted(plan, found, source.bytes), layers, (*notes, *plan.notes)
+    )
 
 
 def _unplanned(info: LayerInfo) -> LayerResult:
@@ -90,7 +104,7 @@ def _layer(info: LayerInfo, verdict: Verdict, reason: Reason) -> LayerResult:
     )
 
 
-def _predicted(plan: Plan, found: Walk) -> Holdings:
+def _predicted(plan: Plan, found: Walk, source_bytes: int) -> Holdings:
     cost = plan.cost
     entries = {layer.info.name: math.prod(layer.info.weight_shape) for layer in plan.converted}
     dynamic = sum(entries[layer.info.name] * layer.choice.dynamic_ratio for layer in plan.converted if layer.choice)
@@ -101,12 +115,15 @@ def _predicted(plan: Plan, found: Walk) -> Holdings:
         params_source=cost.params_source,
         params_output=cost.params_output,
         params_fully_dynamic=cost.params_fully_dynamic,
-        bytes_source=cost.bytes_source,
+        bytes_source=source_bytes,
         bytes_output=cost.bytes_output,
         bytes_fully_dynamic=cost.bytes_fully_dynamic,
         bytes_values=cost.bytes_values,
         bytes_masks=cost.bytes_masks,
         bytes_router=cost.bytes_router,
+        tensor_bytes_source=cost.bytes_source,
+        tensor_bytes_output=cost.bytes_output,
+        tensor_bytes_fully_dynamic=cost.bytes_fully_dynamic,
         dynamic_ratio=float(dynamic / sum(entries.values())) if entries else 0.0,
         macs_source=sum(count for count in macs if count is not None) if any(macs) else None,
     )
@@ -130,7 +147,7 @@ def _of_tensors(
     """Every weight that looks like a layer's, as kind `unknown`: only the architecture tells what it is."""
     layers = tuple(_unknown(name, shape, dtypes[name]) for name, (shape, _) in sizes.items() if _is_weight(name, shape))
     told = "name the architecture with --arch PKG.MOD:FACTORY to see what can be converted"
-    return Inspection(str(path), kind, size, _unconverted(layers, sizes), layers, (*notes, told))
+    return Inspection(str(path), kind, size, _unconverted(layers, sizes, size), layers, (*notes, told))
 
 
 def _is_weight(name: str, shape: tuple[int, ...]) -> bool:
@@ -150,11 +167,11 @@ def _unknown(name: str, shape: tuple[int, ...], dtype: str) -> LayerResult:
     )
 
 
-def _unconverted(layers: tuple[LayerResult, ...], sizes: TensorSizes) -> Holdings:
+def _unconverted(layers: tuple[LayerResult, ...], sizes: TensorSizes, source_bytes: int) -> Holdings:
     """Totals of a source of which nothing would be converted."""
     numbers = sum(math.prod(shape) for shape, _ in sizes.values())
     size = sum(math.prod(shape) * itemsize for shape, itemsize in sizes.values())
-    return Holdings(len(layers), 0, numbers, None, None, size, None, None)
+    return Holdings(len(layers), 0, numbers, None, None, source_bytes, None, None, tensor_bytes_source=size)
 
 
 # ---- an artefact
@@ -169,7 +186,7 @@ def _of_artefact(path: Path) -> Inspection:
         "source": f"{origin.source_kind}, sha256 {origin.source_sha256}",
         "route": origin.route,
         "seed": origin.seed,
-        "device": f"{origin.device}, {origin.threads} threads",
+        "device": f"{origin.device}, {origin.threads} thread{'' if origin.threads == 1 else 's'}",
         "versions": ", ".join(f"{name} {version}" for name, version in origin.versions.items()),
     }
     return Inspection(
@@ -178,6 +195,7 @@ def _of_artefact(path: Path) -> Inspection:
         bytes=header.file_size,
         totals=_held(manifest, header),
         layers=tuple(_stored(entry) for entry in manifest.layers),
+        notes=("only the header was read: the tensors' checksums were not checked ('padconvert verify' does)",),
         trained=manifest.trained,
         provenance=provenance,
     )
@@ -219,21 +237,23 @@ def _held(manifest: Manifest, header: Header) -> Holdings:
     dynamic = sum(_dynamic_entries(entry) for entry in manifest.layers)
     source = numbers["untouched"] + sum(dense.values())
     source_bytes = parts["untouched"] + sum(dense[name] * itemsize[name] for name in dense)
+    full = source_bytes + sum(dense[name] * copies[name] * itemsize[name] for name in dense) + parts["router"]
     return Holdings(
         layers=len(manifest.layers),
         converted=len(manifest.layers),
         params_source=source,
         params_output=sum(numbers.values()) - numbers["masks"],
         params_fully_dynamic=source + sum(dense[name] * copies[name] for name in dense) + numbers["router"],
-        bytes_source=source_bytes,
-        bytes_output=header.file_size - header.data_start,
-        bytes_fully_dynamic=source_bytes
-        + sum(dense[name] * copies[name] * itemsize[name] for name in dense)
-        + parts["router"],
+        bytes_source=None,
+        bytes_output=header.file_size,
+        bytes_fully_dynamic=full + header.data_start,
         bytes_values=parts["values"],
         bytes_masks=parts["masks"],
         bytes_router=parts["router"],
         bytes_header=header.data_start,
+        tensor_bytes_source=source_bytes,
+        tensor_bytes_output=header.file_size - header.data_start,
+        tensor_bytes_fully_dynamic=full,
         dynamic_ratio=dynamic / weights if weights else 0.0,
     )
 

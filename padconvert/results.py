@@ -30,7 +30,12 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Parameters and bytes beside both neighbours. `bytes_output` is the whole file."""
+    """Parameters and bytes beside both neighbours, the static source and the fully dynamic network.
+
+    `bytes_source` and `bytes_output` are whole files, `bytes_fully_dynamic` is with a header like the output's. A dry
+    run has no output file: its `bytes_output` and `bytes_fully_dynamic` are predicted, without a header. The
+    `tensor_bytes_…` are without header and wrapping: the source's tensors; values, masks, routers and untouched ones.
+    """
 
     params_source: int
     params_output: int
@@ -42,6 +47,9 @@ class Totals:
     bytes_masks: int
     bytes_router: int
     bytes_header: int
+    tensor_bytes_source: int
+    tensor_bytes_output: int
+    tensor_bytes_fully_dynamic: int
     dynamic_ratio: float  # dynamic share of the converted layers' weight entries
     macs_source: int | None = None
 
@@ -124,16 +132,21 @@ class Conversion:
     history: tuple[dict[str, float], ...] = ()
     #: the bounds that were decided; a dry run decides those that the plan alone can
     gates: tuple[Gate, ...] = ()
+    #: where `--plan-out` saved the plan
+    plan_file: str | None = None
     schema: str = field(default="padconvert.convert/1")
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
+    """`held` is False where there was nothing to hold `value` against: it cannot fail, and is no check that passed."""
+
     name: str
     passed: bool
     value: float | str | None
     limit: float | str | None
     detail: str = ""
+    held: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +161,8 @@ class Verification:
 class Holdings:
     """What a file holds. Of a source, the `_output` and `_fully_dynamic` numbers are what the policy would make.
 
-    `params` counts every tensor once. Bytes are those of tensors, without `bytes_header`; they are None where nothing
-    is known.
+    `params` counts every tensor once. Bytes are as in `Totals`, of a source as in a dry run; they are None where
+    nothing is known, as of the file that an artefact was made from.
     """
 
     layers: int
@@ -164,6 +177,9 @@ class Holdings:
     bytes_masks: int | None = None
     bytes_router: int | None = None
     bytes_header: int | None = None
+    tensor_bytes_source: int | None = None
+    tensor_bytes_output: int | None = None
+    tensor_bytes_fully_dynamic: int | None = None
     dynamic_ratio: float | None = None
     macs_source: int | None = None
 

@@ -40,6 +40,7 @@ from padconvert.walk.quiet import device_of, evaluating, untouched
 #: max|Δ| / max|y| that a function-preserving rewrite may show; half precision is checked upcast to fp32
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 PROBE_SAMPLES = 8
+SOURCE_CHECK = "source sha256"
 #: examples of the evaluation data that the first promise is held on, and how many of them are run at once
 EQUALITY_SAMPLES = 256
 EQUALITY_BATCH = 64
@@ -139,7 +140,11 @@ def distance(expected: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[float
     for a, b in zip(expected, found, strict=True):
         a, b = a.double(), b.double()
         same = (a == b) | (a.isnan() & b.isnan())
-        difference = float((a - b).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).masked_fill(same, 0).max()) if a.numel() else 0.0
+        difference = (
+            float((a - b).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).masked_fill(same, 0).max())
+            if a.numel()
+            else 0.0
+        )
         finite = a[a.isfinite()]
         scale = float(finite.abs().max()) if finite.numel() else 0.0
         max_abs = max(max_abs, difference)
@@ -190,7 +195,8 @@ def probe_check(checkpoint: Checkpoint, model: nn.Module) -> Check:
     """The model's outputs on the manifest's probe against the recorded ones, relative to max|y|."""
     record = checkpoint.manifest.probe
     if record is None:
-        return Check("probe", True, None, None, "none was stored: the model could not be called when it was made")
+        why = "none was stored: the model could not be called when it was made"
+        return Check("probe", True, None, None, why, held=False)
     if not fits(record.batch, (each.shape for each in record.inputs)):
         return Check("probe", False, None, None, "its inputs are too large to be made; the record is damaged")
     try:
@@ -229,12 +235,14 @@ def verify(
     arch: str | None = None,
     arch_args: Mapping[str, object] | None = None,
     trust: Sequence[str] = (),
+    state_key: str | None = None,
     device: str = "cpu",
 ) -> Verification:
     """Hold an artefact against what was recorded when it was made, and against its source if that is named.
 
     Checks: every tensor's crc32, that it loads, its probe; with `against` the source's sha256 and, for an artefact
-    that was not trained, equal outputs; with `data` its metrics (against the source's, where both are named).
+    that was not trained, equal outputs; with `data` its metrics, read as the artefact's policy says (held against the
+    source's where both are named, else only measured). Of another file than the source only the sha256 is held.
     Raises FileError where it cannot be read at all, UnsafeError where loading it needs code that nobody trusts.
     """
     checkpoint = read_checkpoint(artefact)
@@ -244,10 +252,12 @@ def verify(
             into = build_factory(architecture_of(arch, arch_args or {})) if arch else None
             model = load_checkpoint(checkpoint, into=into, trust=trust).to(place)
             checks += [Check("loads", True, None, None), probe_check(checkpoint, model)]
-            options = ConvertOptions(arch=arch, arch_args=arch_args or {}, trust=tuple(trust))
+            options = ConvertOptions(arch=arch, arch_args=arch_args or {}, trust=tuple(trust), state_key=state_key)
             source = None if against is None else _open_against(against, options, place)
             if source is not None:
                 checks += _against_source(checkpoint, model, source, place)
+            if any(check.name == SOURCE_CHECK and not check.passed for check in checks):
+                source = None  # a stranger's metrics are no measure
             if data:
                 checks.append(_metrics_check(checkpoint, model, source, data, place))
     return Verification(str(artefact), tuple(checks), all(check.passed for check in checks))
@@ -256,7 +266,9 @@ def verify(
 def _open_against(path: Path, options: ConvertOptions, device: torch.device) -> Source:
     """What the artefact was made from: a source, or the artefact that training went on from."""
     if detect(path) is not InputKind.ARTEFACT:
-        return open_source(path, arch=options.arch, arch_args=options.arch_args, trust=options.trust)
+        return open_source(
+            path, arch=options.arch, arch_args=options.arch_args, trust=options.trust, state_key=options.state_key
+        )
     opened = open_input(path, options, device)
     return Source(path, opened.kind, opened.module, {}, opened.architecture, opened.bytes, opened.sha256)
 
@@ -272,8 +284,8 @@ def _against_source(checkpoint: Checkpoint, model: nn.Module, source: Source, de
     wanted, found = checkpoint.manifest.provenance.source_sha256, source.sha256
     same = wanted == found
     detail = "" if same else "this is not the file that the artefact was made from"
-    yield Check("source sha256", same, str(found)[:16], str(wanted)[:16], detail)
-    if checkpoint.manifest.trained:
+    yield Check(SOURCE_CHECK, same, str(found)[:16], str(wanted)[:16], detail)
+    if checkpoint.manifest.trained or not same:
         return
     module = module_of(source).to(device)
     record = checkpoint.manifest.probe
@@ -294,7 +306,7 @@ def _metrics_check(
         raise FileError(f"{', '.join(data)}: has no labels, so there is nothing to measure. Name labelled data.")
     name = "accuracy" if "accuracy" in found else "loss"
     if source is None:
-        return Check(name, True, found[name], None)
+        return Check(name, True, found[name], None, "measured; nothing to hold it against", held=False)
     module = upcast_(copy.deepcopy(module_of(source))).to(device)
     before = evaluate(module, examples, EVALUATION_BATCH, device=device)
     if name == "loss":

@@ -32,6 +32,9 @@ TOTALS = Totals(
     bytes_masks=1_728,
     bytes_router=4_240,
     bytes_header=6_600,
+    tensor_bytes_source=59_048,
+    tensor_bytes_output=106_880,
+    tensor_bytes_fully_dynamic=219_500,
     dynamic_ratio=0.3,
 )
 
@@ -86,25 +89,50 @@ DATA_FREE = replace(
     equality=Equality("weights", 0.0, 0.0, 1e-5, True, 0),
 )  # fmt: skip
 
-DRY_RUN = replace(DATA_FREE, output=None, equality=None)
+DRY_RUN = replace(
+    DATA_FREE, output=None, equality=None, plan_file="plan.json",
+    totals=replace(TOTALS, bytes_output=106_880, bytes_fully_dynamic=219_500, bytes_header=0),
+)  # fmt: skip
 
 INSPECTED_SOURCE = Inspection(
     path="model.pt",
     kind="module",
     bytes=61_204,
-    totals=Holdings(4, 2, 14_762, 27_210, 56_000, 61_204, 106_880, 219_500, dynamic_ratio=0.3),
+    totals=Holdings(
+        4,
+        2,
+        14_762,
+        27_210,
+        56_000,
+        61_204,
+        106_880,
+        219_500,
+        dynamic_ratio=0.3,
+        tensor_bytes_source=59_048,
+        tensor_bytes_output=106_880,
+        tensor_bytes_fully_dynamic=219_500,
+    ),  # fmt: skip,
     layers=LAYERS,
     notes=("assumed an input of 1×8×8",),
 )
 
 INSPECTED_ARTEFACT = replace(
-    INSPECTED_SOURCE, kind="artefact", trained=False, notes=(), provenance={"seed": 7, "torch": "2.13.0"}
+    INSPECTED_SOURCE,
+    path="model.pad.safetensors",
+    kind="artefact",
+    bytes=113_480,
+    trained=False,
+    notes=(),
+    provenance={"seed": 7, "torch": "2.13.0"},
+    totals=replace(INSPECTED_SOURCE.totals, bytes_source=None, bytes_output=113_480, bytes_fully_dynamic=226_100),
 )
 
 VERIFIED = Verification(
     path="model.pad.safetensors",
     checks=(
         Check("checksums", True, 12, None, "12 tensors"),
+        Check("source sha256", True, "a" * 16, "a" * 16),
+        Check("accuracy", True, 0.9347, None, "measured; nothing to hold it against", held=False),
         Check("probe", False, 0.25, 1e-5, "the outputs are not those of the trained model"),
     ),
     passed=False,

@@ -291,6 +291,23 @@ def test_a_standard_output_that_is_full(place: Path) -> None:
             command = [sys.executable, "-m", "padconvert", *words]
             done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=place)
         assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
+        assert code != 4 or "standard output" in done.stderr
+
+
+@pytest.mark.parametrize("words", ["inspect model.pt", "convert model.pt --json", "inspect absent.pt", "policy schema"])
+def test_a_standard_output_that_is_closed(place: Path, words: str) -> None:
+    before = files(place)
+    command = f'"{sys.executable}" -m padconvert {words} >&-'
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, cwd=place)
+    assert (done.returncode, done.stderr.count("\n")) == (4, 1), done.stderr
+    assert done.stderr.startswith("error: the standard output is closed")
+    assert files(place) == before
+
+
+def test_with_a_closed_standard_error_nothing_of_it_reaches_the_output(place: Path) -> None:
+    command = f'"{sys.executable}" -m padconvert inspect absent.pt 2>&-'
+    done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, cwd=place)
+    assert (done.returncode, done.stdout) == (4, b"")
 
 
 # ---- targets -----------------------------------------------------------------------------------------------------

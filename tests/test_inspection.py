@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,8 @@ def test_of_a_huge_safetensors_file_only_the_header_is_read(in_tmp: Path) -> Non
     start = time.perf_counter()
     found = inspected(path)
     assert time.perf_counter() - start < 1
-    assert found.totals.bytes_source == rows * 4000
+    assert found.totals.tensor_bytes_source == rows * 4000
+    assert found.totals.bytes_source == found.bytes == os.path.getsize(path)
     assert found.layers[0].weight_shape == (rows, 1000)
 
 
@@ -100,9 +102,15 @@ def test_an_artefact_says_what_it_holds(source: Path, granularity: str) -> None:
     assert (layer.n_static, layer.n_dynamic, layer.dynamic_ratio) == (108, 108, 0.5)
     assert found.trained is False
     totals = found.totals
-    assert totals.bytes_output is not None
-    assert totals.bytes_header is not None
-    assert totals.bytes_output + totals.bytes_header == os.path.getsize(result.output.path) == found.bytes
+    assert totals.params_source is not None
+    assert totals.bytes_source is None
+    assert totals.bytes_output == os.path.getsize(result.output.path) == found.bytes == result.totals.bytes_output
+    assert totals.bytes_header == result.totals.bytes_header
+    assert totals.tensor_bytes_source == result.totals.tensor_bytes_source == 4 * totals.params_source
+    assert totals.tensor_bytes_output == result.totals.tensor_bytes_output == found.bytes - (totals.bytes_header or 0)
+    assert totals.tensor_bytes_fully_dynamic == result.totals.tensor_bytes_fully_dynamic
+    assert totals.bytes_fully_dynamic == result.totals.bytes_fully_dynamic
+    assert any("checksums were not checked" in note for note in found.notes)
     assert totals.params_source == sum(parameter.numel() for parameter in network().parameters())
     assert totals.params_source == result.totals.params_source
     assert totals.params_fully_dynamic == result.totals.params_fully_dynamic
@@ -117,3 +125,23 @@ def test_the_document_names_its_schema_and_kind(source: Path) -> None:
     document = json.loads(text(inspected(source)))
     assert (document["schema"], document["kind"]) == ("padconvert.inspect/1", "module")
     assert document["layers"][1]["verdict"] == "convert"
+
+
+def test_a_dry_run_counts_the_file_of_the_source_and_predicts_the_tensors(source: Path) -> None:
+    options = ConvertOptions(dynamic_ratio=0.5, plan_out=Path("plan.json"))
+    dry = padconvert.convert(source, replace(options, dry_run=True))
+    done = padconvert.convert(source, replace(options, force=True))
+    assert dry.plan_file == done.plan_file == "plan.json"
+    assert dry.totals.bytes_source == done.totals.bytes_source == os.path.getsize(source)
+    assert dry.totals.bytes_output == dry.totals.tensor_bytes_output == done.totals.tensor_bytes_output
+    assert dry.totals.bytes_output + done.totals.bytes_header == done.totals.bytes_output
+    assert dry.totals.tensor_bytes_source == done.totals.tensor_bytes_source == 4 * dry.totals.params_source
+
+
+def test_a_data_free_result_says_what_training_will_make_of_it(source: Path) -> None:
+    result = padconvert.convert(source, ConvertOptions(dynamic_ratio=0.5))
+    totals, copied = result.totals, 3 * (108 + 3)
+    params = (totals.params_output + copied) / totals.params_source
+    size = (totals.tensor_bytes_output + 4 * copied) / totals.tensor_bytes_source
+    (said,) = [note for note in result.notes if "fine-tuning makes them differ" in note]
+    assert f"{params:.2f}× the source's parameters, {size:.2f}× its tensor bytes" in said

@@ -74,29 +74,34 @@ def write_checkpoint(
 
 
 def check_target(
-    path: str | os.PathLike[str], *, force: bool = False, source: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    source: str | os.PathLike[str] | None = None,
+    option: str = "-o",
 ) -> None:
     """Raises UsageError if `path` exists without `force`, is no file, or is the source; FileError if its folder is
-    not there or cannot be written to. To be called before hours of work, not only after."""
+    not there or cannot be written to. `option` is the one that names it. To be called before hours of work, not only
+    after."""
     try:
-        _check_target(Path(path), force, source)
+        _check_target(Path(path), force, source, option)
     except (OSError, ValueError) as error:  # a name too long, or with a zero byte in it
         raise FileError(f"{path}: cannot be written: {error}.") from None
 
 
-def _check_target(path: Path, force: bool, source: str | os.PathLike[str] | None) -> None:
+def _check_target(path: Path, force: bool, source: str | os.PathLike[str] | None, option: str) -> None:
     target = Path(os.path.realpath(path))
     if target.is_symlink():
-        raise UsageError(f"{path} is a link that leads in a circle; name another file with -o.")
+        raise UsageError(f"{path} is a link that leads in a circle; name another file with {option}.")
     if target.is_dir():
         raise UsageError(f"{path} is a folder; name a file to write, for instance {target / 'model.pad.safetensors'}.")
     if target.exists():
         if source is not None and Path(source).exists() and target.samefile(source):
-            raise UsageError(f"{path} is the source itself, which is never overwritten; name another file with -o.")
+            raise UsageError(f"{path} is the source itself, never overwritten; name another file with {option}.")
         if not target.is_file():
-            raise UsageError(f"{path} is no regular file; name another one with -o.")
+            raise UsageError(f"{path} is no regular file; name another one with {option}.")
         if not force:
-            raise UsageError(f"{path} exists; --force replaces it, -o names another file.")
+            raise UsageError(f"{path} exists; --force replaces it, {option} names another file.")
     folder = target.parent
     if not folder.is_dir():
         raise FileError(f"{path}: the folder {folder} does not exist; make it first.")

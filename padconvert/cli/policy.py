@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+from padconvert.cli import stdout
+from padconvert.errors import PolicyError
+
 app = typer.Typer(no_args_is_help=True, help="Write, check, show and explain policies (no torch needed).")
 
 Setting = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value; repeatable.")]
@@ -24,17 +27,33 @@ def init(
     from padconvert.policy import starter, write_starter
 
     write_starter(path, starter(preset), force=force)
-    typer.echo(f"wrote {path}")
+    stdout.write(f"wrote {path}\n")
 
 
 @app.command()
-def check(file: Annotated[Path, typer.Argument(help="The policy file.")]) -> None:
+def check(
+    file: Annotated[Path, typer.Argument(help="The policy file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
     """Check a policy file: exit code 0 if it is right, 3 with every problem and its line if not."""
     from padconvert.policy import WORKING_FILE, load_policy
 
-    # A padconvert.yaml is checked as it will be used: it may name no code.
-    load_policy(working_file=file) if file.name == WORKING_FILE else load_policy(file)
-    typer.echo(f"{file}: ok")
+    problems: list[str] = []
+    try:
+        # A padconvert.yaml is checked as it will be used: it may name no code.
+        load_policy(working_file=file) if file.name == WORKING_FILE else load_policy(file)
+    except PolicyError as error:
+        if not as_json:
+            raise
+        first, *rest = str(error).split("\n  ")  # of several problems the first line only says how many
+        problems = rest or [first]
+    if as_json:
+        document = {"schema": "padconvert.policy-check/1", "file": str(file), "ok": not problems, "problems": problems}
+        stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    else:
+        stdout.write(f"{file}: ok\n")
+    if problems:
+        raise typer.Exit(PolicyError.exit_code)
 
 
 @app.command()
@@ -50,7 +69,7 @@ def show(
     working = here if here.is_file() else None
     if file is not None and file.name == WORKING_FILE:
         file, working = None, file
-    typer.echo(render(load_policy(file, preset, set_overrides(settings or []), working)), nl=False)
+    stdout.write(render(load_policy(file, preset, set_overrides(settings or []), working)))
 
 
 @app.command()
@@ -61,7 +80,7 @@ def explain(
     """Say which rule or default decided over a layer, and why."""
     from padconvert.plan import explain_layer, read_plan
 
-    typer.echo(explain_layer(read_plan(plan), layer))
+    stdout.write(explain_layer(read_plan(plan), layer) + "\n")
 
 
 @app.command()
@@ -69,4 +88,4 @@ def schema() -> None:
     """Print the JSON schema of a policy file, for editors."""
     from padconvert.policy import schema as policy_schema
 
-    typer.echo(json.dumps(policy_schema(), indent=2))
+    stdout.write(json.dumps(policy_schema(), indent=2) + "\n")

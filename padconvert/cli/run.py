@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+from padconvert.cli import stdout
 from padconvert.errors import FileError, UsageError
 from padconvert.options import ConvertOptions
 from padconvert.report import json_document, terminal
@@ -20,7 +21,7 @@ def run_convert(source: Path, options: ConvertOptions, *, as_json: bool, report:
     """
     options.resolve_policy()
     if report is not None:
-        _check_report(report)
+        _check_report(report, (source, options.output, options.plan_out), force=options.force)
     from padconvert.convert import convert
 
     with shown(quiet=quiet) as progress:
@@ -36,19 +37,24 @@ def run_convert(source: Path, options: ConvertOptions, *, as_json: bool, report:
 def show(result: Result, *, as_json: bool) -> None:
     """The report on stdout, or with `as_json` the one document instead."""
     if as_json:
-        sys.stdout.write(json_document.text(result))
+        stdout.write(json_document.text(result))
     else:
-        terminal.show(result)
+        with stdout.named():
+            terminal.show(result)
 
 
-def _check_report(path: Path) -> None:
-    """A long run must not end in a report that cannot be written."""
+def _check_report(path: Path, others: Iterable[Path | None], *, force: bool) -> None:
+    """A long run must not end in a report that cannot be written, or that takes another file's place."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--report {path}: the report is an HTML file; name one that ends in .html")
     if not path.absolute().parent.is_dir():
         raise FileError(f"--report {path}: its folder does not exist")
     if path.is_dir():
         raise UsageError(f"--report {path}: is a folder; name a file")
+    if any(other is not None and other.resolve() == path.resolve() for other in others):
+        raise UsageError(f"--report {path}: this run reads or writes that file already; name another one")
+    if path.exists() and not force:
+        raise UsageError(f"--report {path}: exists; --force replaces it, --report names another file")
     target = Path(os.path.realpath(path))  # it is written beside itself, then renamed
     if not os.access(target.parent, os.W_OK | os.X_OK) or (target.exists() and not os.access(target, os.W_OK)):
         raise FileError(f"--report {path}: cannot be written to")

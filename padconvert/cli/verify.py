@@ -9,17 +9,30 @@ import typer
 
 from padconvert.cli import arguments as arg
 from padconvert.errors import VerificationError
+from padconvert.results import Verification
 
 
 def verify(
     artefact: Annotated[Path, typer.Argument(help="An artefact of padconvert.")],
     against: Annotated[
-        Path | None, typer.Option(metavar="SOURCE", help="The saved model it was made from: outputs are held together.")
+        Path | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="The file it was made from: its sha256 is held against the recorded one; of an artefact that was "
+            "not trained the outputs too, of a trained one the metrics, with --data.",
+        ),
     ] = None,
-    data: arg.Data = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Labelled data to measure on, read as the artefact's policy says (layout, scale …). Repeatable.",
+        ),
+    ] = None,
     arch: arg.Arch = None,
     arch_arg: arg.ArchArg = None,
     trust: arg.Trust = None,
+    state_key: arg.StateKey = None,
     device: arg.Device = "cpu",
     as_json: arg.Json = False,
 ) -> None:
@@ -35,10 +48,17 @@ def verify(
 
     result = verify_artefact(
         artefact, against=against, data=tuple(data or ()), arch=arch, arch_args=arguments, trust=tuple(trust or ()),
-        device=device,
+        state_key=state_key, device=device,
     )  # fmt: skip
     run.show(result, as_json=as_json)
     if not result.passed:
         failed = ", ".join(check.name for check in result.checks if not check.passed)
-        typer.echo(f"error: {artefact}: does not hold: {failed}. Make it again from its source.", err=True)
+        typer.echo(f"error: {artefact}: does not hold: {failed}. {_advice(result)}", err=True)
         raise typer.Exit(VerificationError.exit_code)
+
+
+def _advice(result: Verification) -> str:
+    """The next step: the artefact may be right and the file it was held against the wrong one."""
+    if all(check.passed or check.name == "source sha256" for check in result.checks):
+        return "Name the file it was made from with --against."
+    return "Make it again from its source."

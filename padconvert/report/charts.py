@@ -32,8 +32,8 @@ def charts(result: Conversion) -> list[str]:
 
 def _sizes(result: Conversion) -> str:
     totals = result.totals
-    figure, axes = _figure("size")
-    values = (totals.bytes_source, totals.bytes_output, totals.bytes_fully_dynamic)
+    figure, axes = _figure("tensor bytes")
+    values = (totals.tensor_bytes_source, totals.tensor_bytes_output, totals.tensor_bytes_fully_dynamic)
     names = ("static source", "padconvert", "fully dynamic")
     _bars(axes, names, values, [numbers.size(value) for value in values], (COLOURS[0], *COLOURS[2:]))
     axes.set_xlim(0, max(values) * 1.2)

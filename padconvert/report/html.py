@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from padconvert.gates import said as gate_said
-from padconvert.report import numbers
+from padconvert.report import numbers, terminal
 from padconvert.report.charts import charts
 from padconvert.results import Conversion, LayerResult, Metrics
 from padconvert.words import Verdict
@@ -33,7 +33,7 @@ def page(result: Conversion) -> str:
 
 
 def _head(result: Conversion) -> str:
-    target = escape(result.output.path) if result.output else "the plan; nothing was written"
+    target = escape(result.output.path if result.output else terminal.planned(result))
     lines = [f"<h1>{escape(result.source.path)} → {target}</h1>"]
     lines.append(f'<p class="small">{result.route} route, seed {result.seed}, source sha256 {result.source.sha256}</p>')
     if result.route == "data-free":
@@ -43,16 +43,17 @@ def _head(result: Conversion) -> str:
 
 
 def _cost(result: Conversion) -> str:
-    totals, metrics = result.totals, result.metrics
+    metrics = result.metrics
     rows: list[list[str]] = []
     for name in metrics.output if metrics else ():
         assert metrics is not None
         columns = (metrics.source, metrics.static, metrics.output, metrics.fully_dynamic)
         rows.append([escape(name), *[_cell(name, of) for of in columns]])
-    params = (totals.params_source, totals.params_source, totals.params_output, totals.params_fully_dynamic)
-    sizes = (totals.bytes_source, totals.bytes_source, totals.bytes_output, totals.bytes_fully_dynamic)
-    rows.append(["parameters", *[f"{value:,} ({numbers.times(value, params[0])})" for value in params]])
-    rows.append(["bytes", *[f"{numbers.size(value)} ({numbers.times(value, sizes[0])})" for value in sizes]])
+    for label, (source, *others), said in terminal.cost_rows(result.totals, written=result.output is not None):
+        cells = [
+            "–" if of is None else f"{said(of)} ({numbers.times(of, source or 0)})" for of in (source, source, *others)
+        ]
+        rows.append([label, *cells])
     header = ["", "static source", "static, same training", "padconvert", "fully dynamic"]
     if metrics is None or metrics.static is None:
         rows = [row[:2] + row[3:] for row in rows]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -24,7 +27,7 @@ def layers_table(layers: Sequence[LayerResult], *, limit: int | None = None) -> 
     """
     shown = _most_telling(layers, limit)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("layer", overflow="fold")
+    table.add_column("layer")
     for name in ("weight", "verdict"):
         table.add_column(name, no_wrap=True)
     for name in ("κ", "K", "static", "dynamic"):
@@ -46,9 +49,7 @@ def _most_telling(layers: Sequence[LayerResult], limit: int | None) -> list[Laye
 
 
 def _row(layer: LayerResult) -> list[RenderableType]:
-    name = Text(layer.name or "(the model itself)")
-    for alias in layer.aliases:
-        name.append(f"\n= {alias}", style="dim")
+    name = Names(layer.name or "(the model itself)", layer.aliases)
     verdict = Text(_verdict(layer), style=STYLES[layer.verdict])
     weight = f"{layer.type or layer.kind} {numbers.shape(layer.weight_shape)}"
     ratio = "" if layer.dynamic_ratio is None else f"{layer.dynamic_ratio:.3g}"
@@ -57,6 +58,40 @@ def _row(layer: LayerResult) -> list[RenderableType]:
         return [name, weight, verdict, ratio, experts, "", "", ""]
     filled = Text(numbers.bar(layer.n_dynamic / (layer.n_static + layer.n_dynamic), BAR_WIDTH), style="cyan")
     return [name, weight, verdict, ratio, experts, f"{layer.n_static:,}", f"{layer.n_dynamic:,}", filled]
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """A layer's name and its aliases. Where there is too little room for a name, its lines end in dots."""
+
+    name: str
+    aliases: tuple[str, ...]
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        every = (self.name, *(f"= {alias}" for alias in self.aliases))
+        least = max(len(piece) for name in every for piece in _pieces(name))
+        return Measurement(min(least, options.max_width), min(max(map(len, every)), options.max_width))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        width = options.max_width
+        yield Text("\n".join(_folded(self.name, width)), overflow="fold")
+        for alias in self.aliases:
+            yield Text("\n".join(_folded(f"= {alias}", width)), style="dim", overflow="fold")
+
+
+def _pieces(name: str) -> list[str]:
+    """`a.b.c` as `a.`, `b.`, `c`."""
+    return re.findall(r"[^.]*\.|[^.]+$", name) or [name]
+
+
+def _folded(name: str, width: int) -> list[str]:
+    """The name in as few lines of this width as its dots allow."""
+    lines = [""]
+    for piece in _pieces(name):
+        if lines[-1] and len(lines[-1]) + len(piece) > width:
+            lines.append("")
+        lines[-1] += piece
+    return lines
 
 
 def _verdict(layer: LayerResult) -> str:
@@ -73,4 +108,8 @@ def _counts(layers: Sequence[LayerResult]) -> str:
         reasons = Counter(layer.reason for layer in layers if layer.verdict is verdict)
         said = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
         parts.append(f"{counted[verdict]} {verdict}" + (f" ({said})" if verdict is not Verdict.CONVERT else ""))
-    return f"{len(layers)} layers: " + " · ".join(parts) if layers else "no layer that padconvert knows"
+    return (
+        f"{len(layers)} layer{'' if len(layers) == 1 else 's'}: " + " · ".join(parts)
+        if layers
+        else "no layer that padconvert knows"
+    )

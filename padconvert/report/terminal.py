@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -19,6 +19,7 @@ from padconvert.results import (
     Diagnosis,
     Equality,
     Extra,
+    Holdings,
     Inspection,
     Metrics,
     Result,
@@ -26,14 +27,17 @@ from padconvert.results import (
     Verification,
 )
 
+#: label, (static source, padconvert, fully dynamic), and how a number is said
+CostRow = tuple[str, tuple[int | None, int | None, int | None], Callable[[int], str]]
+
 ROWS = 40  # of the layer table after a conversion
-NARROWEST = 100  # what a pipe is given, where no terminal says how wide it is
+UNWRAPPED = 10_000  # columns off a terminal, where one line of ours is one line of text
 
 
 def console() -> Console:
     """Where reports go: stdout, in colour on a terminal only (NO_COLOR is respected by rich)."""
     found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=max(found.width, NARROWEST))
+    return found if found.is_terminal else Console(highlight=False, width=UNWRAPPED)
 
 
 def show(result: Result, target: Console | None = None) -> None:
@@ -62,7 +66,7 @@ def show(result: Result, target: Console | None = None) -> None:
 def _conversion(result: Conversion) -> Iterator[RenderableType]:
     yield _headline(result)
     yield layers_table(result.layers, limit=ROWS)
-    yield cost_table(result.totals, result.metrics)
+    yield cost_table(result)
     yield _parts(result.totals)
     if result.history:
         yield _lines(list(_course(result.history)))
@@ -77,7 +81,7 @@ def _conversion(result: Conversion) -> Iterator[RenderableType]:
 def _headline(result: Conversion) -> Text:
     source = f"{result.source.path} ({result.source.kind}, {numbers.size(result.source.bytes)})"
     if result.output is None:
-        line = Text(f"{source}: the plan; nothing was written", style="bold")
+        line = Text(f"{source}: {planned(result)}", style="bold")
     else:
         line = Text(f"{source} → {result.output.path} ({numbers.size(result.output.bytes)})", style="bold")
     took = numbers.seconds(sum(result.timing.values())) if result.timing else ""
@@ -88,8 +92,15 @@ def _headline(result: Conversion) -> Text:
     return line
 
 
-def cost_table(totals: Totals, metrics: Comparison | None) -> Table:
+def planned(result: Conversion) -> str:
+    """What a dry run left behind."""
+    saved = f" (saved as {result.plan_file})" if result.plan_file else ""
+    return f"the plan{saved}; no artefact was written"
+
+
+def cost_table(result: Conversion) -> Table:
     """Metrics, parameters and bytes, each beside the static source and the fully dynamic network."""
+    metrics = result.metrics
     control = metrics is not None and metrics.static is not None
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
     table.add_column("")
@@ -97,15 +108,27 @@ def cost_table(totals: Totals, metrics: Comparison | None) -> Table:
         table.add_column(name, justify="right", style="bold green" if name == "padconvert" else "", no_wrap=True)
     if metrics is not None:
         _metric_rows(table, metrics, control)
-    rows = [
-        ("parameters", totals.params_source, totals.params_output, totals.params_fully_dynamic, "{:,}".format),
-        ("bytes", totals.bytes_source, totals.bytes_output, totals.bytes_fully_dynamic, numbers.size),
-    ]
-    for name, source, output, full, said in rows:
-        cells = [said(source), *([said(source)] if control else []), said(output), said(full)]
-        table.add_row(name, *cells)
-        table.add_row("", *[numbers.times(v, source) for v in (source, *([source] if control else []), output, full)])
+    for label, (source, *rest), said in cost_rows(result.totals, written=result.output is not None):
+        _add_cost(table, label, [source, *([source] if control else []), *rest], said)
     return table
+
+
+def cost_rows(totals: Totals | Holdings, *, written: bool = True) -> list[CostRow]:
+    """Parameters, bytes of tensors and of whole files, of which a file that was not `written` has none."""
+    full = totals.bytes_fully_dynamic
+    files = (totals.bytes_source, *((totals.bytes_output, full) if written else (None, None)))
+    tensors = (totals.tensor_bytes_source, totals.tensor_bytes_output, totals.tensor_bytes_fully_dynamic)
+    params = (totals.params_source, totals.params_output, totals.params_fully_dynamic)
+    rows: list[CostRow] = [("parameters", params, "{:,}".format), ("tensor bytes", tensors, numbers.size)]
+    return [*rows, ("file", files, numbers.size)]
+
+
+def _add_cost(table: Table, label: str, values: Sequence[int | None], said: Callable[[int], str]) -> None:
+    """A row of numbers, and one of their ratios to the first."""
+    table.add_row(label, *["–" if value is None else said(value) for value in values])
+    base, *others = values
+    if base is not None and any(value is not None for value in others):
+        table.add_row("", *["" if value is None else numbers.times(value, base) for value in values])
 
 
 def _metric_rows(table: Table, metrics: Comparison, control: bool) -> None:
@@ -140,7 +163,7 @@ def _course(history: Sequence[dict[str, float]]) -> Iterator[Text]:
     if losses:
         line = Text("loss       ", style="dim").append(numbers.sparkline(losses, 48), style="cyan")
         yield line.append(f"  {losses[0]:.4f} → {losses[-1]:.4f}", style="dim")
-    if rounds:
+    if any(ratio < 1 for ratio in rounds):
         steps = " → ".join(f"{100 * ratio:.0f}" for ratio in (1.0, *rounds))
         yield Text(f"partition  {steps} % dynamic", style="dim")
 
@@ -182,23 +205,13 @@ def _inspection(result: Inspection) -> Iterator[RenderableType]:
 def _holdings(result: Inspection) -> Table:
     totals = result.totals
     ours = "padconvert would make" if result.trained is None else "padconvert"
-    columns = {
-        "static source": (totals.params_source, totals.bytes_source),
-        ours: (totals.params_output, totals.bytes_output),
-        "fully dynamic": (totals.params_fully_dynamic, totals.bytes_fully_dynamic),
-    }
-    known = {
-        name: (params, size) for name, (params, size) in columns.items() if params is not None and size is not None
-    }
-    params, sizes = zip(*known.values(), strict=True)
+    names = ("static source", *((ours, "fully dynamic") if totals.params_output is not None else ()))
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
     table.add_column("")
-    for name in known:
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    for label, values, said in (("parameters", params, "{:,}".format), ("tensor bytes", sizes, numbers.size)):
-        table.add_row(label, *[said(value) for value in values])
-        if len(known) > 1:
-            table.add_row("", *[numbers.times(value, values[0]) for value in values])
+    for label, values, said in cost_rows(totals, written=result.trained is not None):
+        _add_cost(table, label, values[: len(names)], said)
     return table
 
 
@@ -207,9 +220,11 @@ def _holdings(result: Inspection) -> Table:
 
 def _verification(result: Verification) -> Iterator[RenderableType]:
     yield Text(result.path, style="bold")
-    yield _lines([_check(check.passed, _said(check)) for check in result.checks])
+    said = [(check, _said(check)) for check in result.checks]
+    yield _lines([_check(check.passed, line) if check.held else _note(line) for check, line in said])
+    count = sum(check.held for check in result.checks)
     failed = sum(not check.passed for check in result.checks)
-    verdict = f"{failed} of {len(result.checks)} checks failed" if failed else f"all {len(result.checks)} checks passed"
+    verdict = f"{failed} of {count} checks failed" if failed else f"all {count} checks passed"
     yield Text(verdict, style="bold red" if failed else "bold green")
 
 
@@ -217,8 +232,13 @@ def _said(check: Check) -> str:
     words = [check.name.replace("_", " ")]
     if check.value is not None:
         words.append(f": {_value(check.value)}")
-    if check.limit is not None:
-        words.append(f" (limit {_value(check.limit)})")
+    match check.limit:
+        case str() if check.limit == check.value:
+            words.append(" (as recorded)")
+        case str():
+            words.append(f" (recorded: {check.limit})")
+        case float() | int():
+            words.append(f" (limit {_value(check.limit)})")
     return "".join(words) + (f"; {check.detail}" if check.detail else "")
 
 
