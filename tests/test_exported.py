@@ -30,6 +30,7 @@ from padconvert.load.audit import audit
 from padconvert.load.exported_lift import ExportedModule
 from padconvert.rewrite import pad_layers
 from padconvert.verify import distance, verify
+from padconvert.walk import walk
 from padconvert.walk.probe import ProbeSpec, call, find_probe, flat_outputs
 from padconvert.words import Verdict
 
@@ -215,6 +216,14 @@ def test_ties_come_back_as_one_parameter_and_a_module_used_twice_as_one_module(t
     reloaded = load(tmp_path / "model.pad.safetensors")
     assert reloaded.get_submodule("block") is reloaded.get_submodule("again")
     assert distance(outputs(module, probe, 3), outputs(reloaded, probe, 3))[1] <= 1e-5
+
+
+def test_roles_are_those_of_the_module_itself(tmp_path: Path) -> None:
+    for name in ("bert", "vit", "transformers_resnet"):
+        model, probe = zoo.build(name)
+        export(model, probe, tmp_path / f"{name}.pt2")
+        wanted = {layer.name: layer.role for layer in walk(model, probe).layers}
+        assert {layer.name: layer.role for layer in walk(opened(tmp_path / f"{name}.pt2"), probe).layers} == wanted
 
 
 def test_a_trained_conversion_of_a_program(tmp_path: Path) -> None:

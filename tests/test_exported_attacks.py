@@ -166,6 +166,8 @@ FORGERIES: dict[str, tuple[Callable[[Any], object], type[Exception]]] = {
     "mark": (lambda d: d["nodes"][0]["args"].append({"call": CALL}), FileError),
     "dtype": (lambda d: d["nodes"][0]["args"].append({"dtype": "hub"}), FileError),
     "device": (lambda d: d["nodes"][0]["args"].append({"device": "cuda:99"}), FileError),
+    "class": (lambda d: d["classes"].update({"conv": f"Conv2d; {CALL}"}), UnsafeError),
+    "module": (lambda d: d["classes"].update({"__class__": "Conv2d"}), UnsafeError),
     "shape": (lambda d: d["inputs"][0]["shape"].__setitem__(0, 2**62), FileError),
     "other_shape": (lambda d: d["inputs"][4]["shape"].__setitem__(0, 5), FileError),
     "hidden_method": (lambda d: d["inputs"][4].update(target="forward"), FileError),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -12,8 +12,9 @@ from padconvert.load.exported_archive import EXPORT, member_names, read_archive,
 from padconvert.load.exported_grammar import check_expression
 from padconvert.load.exported_inputs import fixed_batch
 from padconvert.load.exported_lift import ExportedModule, build_exported
+from padconvert.load.exported_ops import DROPPED, is_allowed
 from padconvert.load.exported_program import Json
-from padconvert.load.exported_torch import document_of, expressions_of, is_listed, operations_of
+from padconvert.load.exported_torch import BLOCKS, document_of, expressions_of
 
 Loaded = tuple[str, nn.Module | None, Mapping[str, Tensor], tuple[str, ...]]
 
@@ -56,9 +57,9 @@ def audit_exported(path: Path) -> tuple[list[str], list[str], str]:
         archive = read_archive(path)
     except (UnsafeError, FileError) as error:
         return names, refused, str(error)
-    operations = sorted({f"operation {name}" for name in operations_of(archive.program)})
+    operations = sorted({f"operation {name}" for name in _operations_of(archive.program)})
     sizes = sorted({f"size {size}" for size in expressions_of(archive.program)})
-    refused += [name for name in operations if not is_listed(name.removeprefix("operation "))]
+    refused += [name for name in operations if not _is_listed(name.removeprefix("operation "))]
     refused += [name for name in sizes if not _is_size(name.removeprefix("size "))]
     try:
         document = document_of(archive.program, str(path))
@@ -68,6 +69,25 @@ def audit_exported(path: Path) -> tuple[list[str], list[str], str]:
     except (UnsafeError, FileError) as error:
         verdict = str(error)
     return names + operations + sizes, refused, verdict
+
+
+def _operations_of(program: object) -> Iterator[str]:
+    """The name of every operation in torch's JSON, also of those inside blocks."""
+    stack = [program]
+    while stack:
+        found = stack.pop()
+        if isinstance(found, dict):
+            if "target" in found and "inputs" in found:
+                yield str(found["target"])
+            stack += found.values()
+        elif isinstance(found, list):
+            stack += found
+
+
+def _is_listed(target: str) -> bool:
+    """Whether an operation of torch's JSON may be part of a program."""
+    op = target.removeprefix("torch.ops.")
+    return target in BLOCKS or op in DROPPED or is_allowed(op)
 
 
 def _is_size(text: str) -> bool:

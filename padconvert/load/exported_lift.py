@@ -86,6 +86,7 @@ def build_exported(
     made: dict[tuple[object, str], Tensor] = {}
     for given in document["inputs"]:
         if given["kind"] in TENSORS:
+            _hold_(tree, given["target"], document["classes"])
             _register_(tree, given, _given(given, tensors, missing_ok, where), made)
             making.nodes[given["name"]] = making.graph.get_attr(given["target"])
     making.read(document)
@@ -112,14 +113,21 @@ def _given(given: Json, tensors: Mapping[str, Tensor], missing_ok: Collection[st
     return tensor
 
 
+def _hold_(tree: nn.Module, target: str, classes: Mapping[str, str]) -> None:
+    """Make the empty modules that a tensor's dotted name leads through. They have their classes' names, and nothing
+    else of them: what a layer is for can be told from what its parents are called."""
+    holder, parts = tree, target.split(".")[:-1]
+    for i, part in enumerate(parts):
+        if part not in holder._modules:
+            name = classes.get(".".join(parts[: i + 1]), "Module")
+            holder.add_module(part, type(name, (nn.Module,), {})())
+        holder = holder.get_submodule(part)
+
+
 def _register_(tree: nn.Module, given: Json, tensor: Tensor, made: dict[tuple[object, str], Tensor]) -> None:
     """Hang a tensor where its dotted name says. A tensor that comes under two names stays one parameter."""
     path, _, leaf = given["target"].rpartition(".")
-    holder = tree
-    for part in path.split(".") if path else []:
-        if part not in holder._modules:
-            holder.add_module(part, nn.Module())
-        holder = holder.get_submodule(part)
+    holder = tree.get_submodule(path)
     key = (given["target"] if tensor.is_meta else id(tensor), given["kind"])
     if given["kind"] == "parameter":
         if key not in made:

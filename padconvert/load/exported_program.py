@@ -1,7 +1,8 @@
 """The document of an exported program: what a `.pt2` file becomes, and what an artefact stores (`kind: graph`).
 
     {"version": 1, "inputs": [INPUT, …], "nodes": [NODE, …], "mutations": [[INPUT'S NAME, VALUE], …],
-     "outputs": [VALUE, …], "call": {"names": [WORD, …], "given": TREE}, "returns": TREE}
+     "outputs": [VALUE, …], "call": {"names": [WORD, …], "given": TREE}, "returns": TREE,
+     "classes": {MODULE'S NAME: ITS CLASS'S}}
     INPUT  {"kind": "parameter" | "buffer" | "constant", "name", "target", "dtype", "shape", …}
            {"kind": "user", "name", "dtype", "shape", "dynamic"} · {"kind": "value", "name", "value"}
     NODE   {"op": "aten.conv2d.default", "args": [VALUE, …], "kwargs": {WORD: VALUE}, "out": null | NAME | [NAME, …]}
@@ -47,7 +48,7 @@ _MAX_SIZE = 2**48
 _MAX_INT = 2**63
 _MAX_DIMENSIONS = 64
 _MAX_DEPTH = 8
-_KEYS = {"version", "inputs", "nodes", "mutations", "outputs", "call", "returns"}
+_KEYS = {"version", "inputs", "nodes", "mutations", "outputs", "call", "returns", "classes"}
 _SPECIAL = ("inf", "-inf", "nan")
 _FORMATS = ("contiguous_format", "channels_last", "channels_last_3d", "preserve_format")
 _FIELDS = {
@@ -101,6 +102,9 @@ class _Check:
             self.value(value)
         for value in document["outputs"]:
             self.value(value)
+        for path, name in document["classes"].items():
+            check_path(path, "the module", self.where)
+            check_identifier(name, "the class", self.where)
         self.calls(document)
         return document
 

@@ -7,6 +7,7 @@ What is left out: guards, source lines, metadata, sample inputs, ranges of sizes
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from padconvert.load.exported_grammar import (
     read_treespec,
     shown,
 )
-from padconvert.load.exported_ops import DROPPED, is_allowed
+from padconvert.load.exported_ops import DROPPED
 
 SCHEMA_MAJOR = 8
 _DTYPES = {
@@ -31,8 +32,11 @@ _DTYPES = {
 _STRIDED = 7
 _MEMORY_FORMATS = {1: "contiguous_format", 2: "channels_last", 3: "channels_last_3d", 4: "preserve_format"}
 _SPECIAL = {"Infinity": "inf", "-Infinity": "-inf", "NaN": "nan"}
+# "key,path,package.Class", as torch notes the modules around an operation
+_MODULE = re.compile(r"[^,]*,(?P<path>[A-Za-z0-9_.\-]{1,500}),[\w.]*?\.?(?P<name>[A-Za-z][A-Za-z0-9_]{0,99})", re.ASCII)
 _NO_GRAD = "torch.ops.higher_order.wrap_with_set_grad_enabled"
 _AUTOCAST = "torch.ops.higher_order.wrap_with_autocast"
+BLOCKS = (_NO_GRAD, _AUTOCAST)
 
 Json = dict[str, Any]
 
@@ -58,25 +62,6 @@ def expressions_of(program: object) -> Iterator[object]:
             stack += found.values()
         elif isinstance(found, list):
             stack += found
-
-
-def operations_of(program: object) -> Iterator[str]:
-    """The name of every operation in torch's JSON, also of those inside blocks."""
-    stack = [program]
-    while stack:
-        found = stack.pop()
-        if isinstance(found, dict):
-            if "target" in found and "inputs" in found:
-                yield str(found["target"])
-            stack += found.values()
-        elif isinstance(found, list):
-            stack += found
-
-
-def is_listed(target: str) -> bool:
-    """Whether an operation of torch's JSON may be part of a program."""
-    op = target.removeprefix("torch.ops.")
-    return target in (_NO_GRAD, _AUTOCAST) or op in DROPPED or is_allowed(op)
 
 
 def tensor_spec(meta: object, where: str) -> tuple[str, list[Any]]:
@@ -106,6 +91,7 @@ class _Reader:
         self.nodes: list[Json] = []
         self.values: Mapping[str, Any] = {}
         self.blocks = 0
+        self.classes: dict[str, str] = {}
 
     def damaged(self, what: object) -> FileError:
         return FileError(f"{self.where}: the exported program is damaged at {shown(what)}. {EXPORT_AGAIN}")
@@ -151,6 +137,7 @@ class _Reader:
             "nodes": self.nodes,
             "mutations": [value for kind, value in specs if kind == "mutation"],
             "outputs": [value for kind, value in specs if kind == "user"],
+            "classes": self.classes,
             **self.calls(self.part(module, "module_call_graph", list)),
         }
 
@@ -251,7 +238,7 @@ class _Reader:
             raise self.damaged("nested blocks")
         for node in self.part(graph, "nodes", list):
             target = self.part(node, "target", str)
-            if target in (_NO_GRAD, _AUTOCAST):
+            if target in BLOCKS:
                 self.block(node, target, scope, depth)
                 continue
             op = target.removeprefix("torch.ops.")
@@ -267,6 +254,7 @@ class _Reader:
                 kwargs[check_identifier(given.get("name"), "the argument", self.where)] = value
             else:
                 args.append(value)
+        self.note_classes(node.get("metadata"))
         outputs = self.part(node, "outputs", list)
         out: Any = [self.result(each, scope, prefix) for each in outputs]
         if len(outputs) == 1:
@@ -274,6 +262,14 @@ class _Reader:
         elif not outputs:
             out = None
         return {"op": op, "args": args, "kwargs": kwargs, "out": out}
+
+    def note_classes(self, metadata: object) -> None:
+        """The names of the classes that the operation's modules had: they tell an attention from a feed-forward."""
+        stack = metadata.get("nn_module_stack") if isinstance(metadata, dict) else None
+        for entry in stack.split(";") if isinstance(stack, str) else ():
+            match = _MODULE.fullmatch(entry)
+            if match is not None:
+                self.classes.setdefault(match["path"], match["name"])
 
     def result(self, output: object, scope: dict[str, Any], prefix: str) -> Any:
         """The name, or list of names, that an operation's result gets."""
