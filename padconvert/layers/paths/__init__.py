@@ -1,7 +1,7 @@
 """Compute paths: how a Pad layer gets its output from its parts. Layers call `convolve` or `project`, nothing else.
 
-Each path is one file with a `convolve` or a `project`, or both; all give the same values, they differ in time. A further
-path is a further file and a line here; no layer and no caller changes.
+Each path is one file with a `convolve` or a `project`, or both; all give the same values, they differ in time.
+A further path is a further file and a line here; no layer and no caller changes.
 """
 
 from __future__ import annotations
