@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ import padconvert.finetune.resume
 from padconvert import ConvertOptions, convert
 from padconvert.__main__ import main
 from padconvert.errors import FileError, Interrupted, UsageError
-from padconvert.finetune.resume import WorkDir
+from padconvert.finetune.resume import FileKeeper, WorkDir
 from padconvert.progress import Silent
 from padconvert.results import Conversion
 
@@ -281,6 +282,26 @@ def test_a_damaged_state_is_an_error_with_the_way_on(
     assert str(path) in str(caught.value)
     assert str(caught.value).count("\n") == 0
     assert not (tmp_path / "out.st").exists()
+
+
+def test_a_flipped_bit_anywhere_in_a_state_is_found(work_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the header every byte, of the tensors one in a hundred; the step and the history are in the header."""
+    restored: list[str] = []
+
+    def note(_: object, record: dict[str, Any], stored: dict[str, torch.Tensor], __: object) -> None:
+        restored.append(json.dumps(record) + str({name: stored[name].tolist() for name in sorted(stored)}))
+
+    monkeypatch.setattr(padconvert.finetune.resume, "_restore", note)
+    path = work_dir / "output.safetensors"
+    keeper, whole = FileKeeper(path, cast(Any, None)), path.read_bytes()
+    keeper.restore_(cast(Any, None))
+    header = 8 + int.from_bytes(whole[:8], "little")
+    assert b'\\"step\\": 20' in whole[:header]
+    for place in (*range(header), *range(header, len(whole), 100)):
+        path.write_bytes(flip(whole, place))
+        with contextlib.suppress(FileError):
+            keeper.restore_(cast(Any, None))
+    assert set(restored) == {restored[0]}  # what was restored at all was the same
 
 
 def test_a_state_of_another_network_is_damaged(place: Path, work_dir: Path, tmp_path: Path) -> None:

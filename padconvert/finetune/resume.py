@@ -128,10 +128,10 @@ class FileKeeper:
             for name, layer in pad_layers(run.model).items()
         }
         tensors = _tensors(run)
-        record = json.dumps({"step": run.step, "history": run.history, "layers": layers, "crc32": _crc32(tensors)})
+        record = json.dumps({"step": run.step, "history": run.history, "layers": layers})
         temporary = self.path.with_suffix(".tmp")
         try:
-            save_file(tensors, temporary, metadata={"run": record})
+            save_file(tensors, temporary, metadata={"run": record, "crc32": _crc32(record, tensors)})
             with temporary.open("rb+") as file:  # the new name must not reach the disk before the bytes
                 os.fsync(file.fileno())
             temporary.replace(self.path)
@@ -147,11 +147,11 @@ class FileKeeper:
             return
         try:
             with safe_open(self.path, framework="pt") as file:
-                record = json.loads(file.metadata()["run"])
+                metadata = file.metadata() or {}
                 stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if record["crc32"] != _crc32(stored):
+            if metadata["crc32"] != _crc32(metadata["run"], stored):
                 raise ValueError("its checksum does not fit")
-            _restore(run, record, stored, self.train)
+            _restore(run, json.loads(metadata["run"]), stored, self.train)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise FileError(
                 f"{self.path}: the saved state cannot be read ({str(error).splitlines()[0]}). "
@@ -170,13 +170,15 @@ def _tensors(run: Run) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
 
 
-def _crc32(tensors: Mapping[str, Tensor]) -> int:
-    """One checksum over all tensors in the order of their names; safetensors has none of its own."""
-    total = 0
+def _crc32(record: str, tensors: Mapping[str, Tensor]) -> str:
+    """One checksum over the record and all tensors in the order of their names; safetensors has none of its own."""
+    total = zlib.crc32(record.encode("utf-8", "surrogatepass"))
     for name in sorted(tensors):
-        content: Any = tensors[name].view(-1).view(torch.uint8).numpy()
-        total = zlib.crc32(content, zlib.crc32(name.encode(), total))
-    return total
+        tensor = tensors[name]
+        content: Any = tensor.view(-1).view(torch.uint8).numpy()
+        said = f"{name} {tensor.dtype} {list(tensor.shape)}"
+        total = zlib.crc32(content, zlib.crc32(said.encode("utf-8", "surrogatepass"), total))
+    return f"{total:08x}"
 
 
 @torch.no_grad()
