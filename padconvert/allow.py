@@ -59,6 +59,9 @@ FUNCTIONS = frozenset(
     + [f"torch._C._nn.{name}" for name in _NATIVE.split()]
 )
 
+# They only say on which devices the network inside them runs: it is taken out, and they are never built.
+WRAPPERS = frozenset({"torch.nn.parallel.data_parallel.DataParallel"})
+
 # Found beside the weights of a training checkpoint; such entries are left unread, never rebuilt.
 UNREAD_PACKAGES = (
     "argparse",
@@ -75,13 +78,20 @@ UNREAD_PACKAGES = (
 
 # What to do instead, by the start of a refused name; the first match counts.
 HINTS = (
-    ("__main__", "its class was defined in a script. Move the class into a module (net.py) and save the model again "
-     "from there, or save its state dict and name a factory with --arch net:make"),
+    ("__main__", "its class was defined in a script. Move the class into a module (net.py), save the model again "
+     "from there and add --trust net; or save its state dict and name a factory with --arch net:make"),
     ("padconvert.", "it is converted already: write it with padconvert.save(model, path), and read that file with "
      "padconvert.load(path)"),
     ("torch.fx", "save the module before tracing it, or export it with torch.export.save"),
     ("torch.jit", "TorchScript cannot be converted: export it again, or give its state dict and --arch"),
     ("torch._dynamo", "save the module below torch.compile (model._orig_mod)"),
+    ("torch._utils._rebuild_sparse", "make its sparse tensors dense (tensor.to_dense()), then save again"),
+    ("torch.serialization._get_layout", "make its sparse tensors dense (tensor.to_dense()), then save again"),
+    ("torch._utils._rebuild_nested", "it holds nested tensors, which no layer takes; save the state dict without them"),
+    ("torch._utils._rebuild_meta", "its tensors are on the meta device and hold no values; load the weights, then save"),
+    ("torch._utils._rebuild_wrapper", "it holds tensors of a class of their own; save the plain model before wrapping"),
+    ("torchao", "quantised models cannot be converted; start from the float model"),
+    ("bitsandbytes", "quantised models cannot be converted; start from the float model"),
     ("torch.ao", "quantised models cannot be converted; start from the float model"),
     ("torch.nn.quantized", "quantised models cannot be converted; start from the float model"),
     ("torch.nn.intrinsic", "quantised models cannot be converted; start from the float model"),

@@ -91,6 +91,7 @@ def _work_dir(opened: Opened, plan: Plan, data: Data, options: ConvertOptions) -
     fingerprint = {
         **settings_of(plan.policy),
         "source sha256": opened.sha256,
+        "--state-key": options.state_key,
         "data": checksum(data),
         "seed": options.seed,
         "device": options.device,

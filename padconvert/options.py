@@ -50,6 +50,7 @@ class ConvertOptions:
     arch_args: Mapping[str, object] = field(default_factory=dict)
     input_shape: tuple[int, ...] | None = None  # without the batch dimension
     trust: tuple[str, ...] = ()
+    state_key: str | None = None  # the entry of a checkpoint that holds the network
     # data and training
     data: tuple[str, ...] = ()
     eval_data: tuple[str, ...] = ()

@@ -106,7 +106,8 @@ def test_a_checkpoint_gives_its_network(name: str, legacy: bool, nets: str) -> N
     if name.startswith("prefix"):
         assert any("stripped" in note for note in source.notes)
     if name == "first_of_two":
-        assert source.notes == ("took 'model'; left unread: 'ema'",)
+        said = "more networks are in the file; --state-key ema takes 'ema' instead"
+        assert source.notes == ("took 'model'; left unread: 'ema'", said)
     if name == "two_deep":
         assert source.notes[-1] == "took 'model' → 'state_dict'; left unread: 'step'"
 

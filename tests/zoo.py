@@ -111,6 +111,7 @@ ZOO: dict[str, Build] = {
     "siamese_called_twice": _entry(sequences.Siamese, floats(1, 16, 16), floats(1, 16, 16)),
     # traps
     "weight_tied": _entry(traps.WeightTied, floats(8)),
+    "overlapping_views": _entry(traps.OverlappingViews, floats(8)),
     "module_reused": _entry(traps.ModuleReused, floats(3, 16, 16)),
     "half_precision": _entry(lambda: traps.SmallCNN().half(), floats(3, 16, 16, dtype="float16")),
     "bfloat16": _entry(lambda: traps.SmallCNN().bfloat16(), floats(3, 16, 16, dtype="bfloat16")),

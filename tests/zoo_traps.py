@@ -198,3 +198,26 @@ def parametrized() -> nn.Sequential:
     normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
     spectral = nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 3))
     return nn.Sequential(nn.Conv2d(3, 3, 1), normed, nn.ReLU(), spectral, nn.ReLU(), nn.Conv2d(8, 8, 3))
+
+
+class OverlappingViews(nn.Module):
+    """Two layers whose weights are rows 0 to 8 and 4 to 12 of one storage, and one that shares nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rows = torch.randn(12, 8)
+        self.inp, self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.first.weight, self.second.weight = nn.Parameter(rows[:8]), nn.Parameter(rows[4:])
+        self.alone, self.out = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.inp, self.first, self.second, self.alone):
+            x = layer(x).tanh()
+        return self.out(x)
+
+
+def sparse_buffer() -> SmallCNN:
+    """A buffer in torch's sparse layout."""
+    net = SmallCNN()
+    net.register_buffer("neighbours", torch.eye(3).to_sparse())
+    return net

@@ -44,6 +44,14 @@ Trust = Annotated[
         rich_help_panel=READING,
     ),
 ]
+StateKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY",
+        help="Of a checkpoint with several networks, the entry to take: ema, model_ema …",
+        rich_help_panel=READING,
+    ),
+]
 LabelColumn = Annotated[
     str | None, typer.Option(metavar="NAME", help="The column that holds the labels.", rich_help_panel=TRAINING)
 ]
@@ -54,6 +62,7 @@ Compare = Annotated[
     bool,
     typer.Option(
         "--compare",
+        metavar="",
         help="Also train the static and the fully dynamic model, same steps and batches: three times the work.",
         rich_help_panel=TRAINING,
     ),
@@ -119,8 +128,12 @@ Output = Annotated[
         "--output", "-o", metavar="FILE", help="Default: model.pt gives model.pad.safetensors.", rich_help_panel=OUTPUT
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.", rich_help_panel=OUTPUT)]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan and report; write no artefact.", rich_help_panel=OUTPUT)]
+Force = Annotated[
+    bool, typer.Option("--force", metavar="", help="Overwrite what is there: output, plan, report.", rich_help_panel=OUTPUT)
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", metavar="", help="Plan and report; write no artefact.", rich_help_panel=OUTPUT)
+]
 PlanOut = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Save the plan: every layer, its verdict and reason.", rich_help_panel=OUTPUT),
@@ -131,9 +144,11 @@ Report = Annotated[
 ]
 Json = Annotated[
     bool,
-    typer.Option("--json", help="One JSON document on stdout instead of the report.", rich_help_panel=OUTPUT),
+    typer.Option(
+        "--json", metavar="", help="One JSON document on stdout instead of the report.", rich_help_panel=OUTPUT
+    ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="No progress bar.", rich_help_panel=OUTPUT)]
 MaxAccuracyDrop = Annotated[
     float | None,
     typer.Option(
@@ -161,6 +176,7 @@ Strict = Annotated[
     bool,
     typer.Option(
         "--strict",
+        metavar="",
         help="Refuse --arch, --trust and data that names a function: no code of yours.",
         rich_help_panel=GATES,
     ),

@@ -19,6 +19,7 @@ def inspect(
     arch_arg: arg.ArchArg = None,
     input_shape: arg.InputShape = None,
     trust: arg.Trust = None,
+    state_key: arg.StateKey = None,
     audit: Annotated[
         bool,
         typer.Option("--audit", help="Say whether the file is safe to load, without loading it: exit code 6 if not."),
@@ -36,6 +37,7 @@ def inspect(
     options = ConvertOptions(
         policy=policy, preset=preset, sets=tuple(settings or ()), working_file=parse.working_file(), arch=arch,
         arch_args=parse.arch_args(arch_arg), input_shape=parse.input_shape(input_shape), trust=tuple(trust or ()),
+        state_key=state_key,
     )  # fmt: skip
     from padconvert.inspection import inspect_file
 

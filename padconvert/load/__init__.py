@@ -19,9 +19,9 @@ from padconvert.load.detect import refusal
 from padconvert.load.exported import load_exported
 from padconvert.load.exported_lift import ExportedModule, build_exported
 from padconvert.load.exported_program import unpacked
-from padconvert.load.factory import architecture_of, build_factory, check_factory_trusted, put_tensors_
+from padconvert.load.factory import architecture_of, build_factory, check_factory_trusted, put_tensors_, without_prefix
 from padconvert.load.names import check_trust
-from padconvert.load.pickled_file import load_pickled
+from padconvert.load.pickled_file import Loaded, load_pickled
 from padconvert.load.safetensors_file import load_safetensors
 from padconvert.load.skeleton import module_from as module_from
 from padconvert.load.skeleton import skeleton_of as skeleton_of
@@ -37,24 +37,28 @@ def open_source(
     arch: str | None = None,
     arch_args: Mapping[str, object] | None = None,
     trust: Sequence[str] = (),
+    state_key: str | None = None,
     hash: bool = True,
 ) -> Source:
-    """Opens a saved model; see `Source`. `hash=False` leaves the checksum out, which would read the whole file.
+    """Opens a saved model; see `Source`. `state_key` is the entry of a checkpoint to take, such as `ema`; `hash=False`
+    leaves the checksum out, which would read the whole file.
 
     Raises FileError (damaged, not a model, another architecture, NaN in a parameter), UnsafeError (names code that
-    is not allowed), UsageError (`arch` or `trust` malformed).
+    is not allowed), UsageError (`arch` or `trust` malformed, nothing under `state_key`).
     """
     place = Path(path)
     packages = check_trust(trust)
     architecture = architecture_of(arch, arch_args or {}) if arch else None
     if arch_args and not arch:
         raise UsageError("--arch-arg needs --arch, the factory that takes it.")
-    kind, module, tensors, notes = _load(place, packages)
+    kind, module, tensors, notes = _load(place, packages, state_key)
     if module is not None and architecture is not None:
         raise UsageError(f"{place}: holds a whole model, so --arch has nothing to build. Leave --arch away.")
     if module is None and architecture is not None:
         module = build_factory(architecture)
+        tensors, stripped = without_prefix(module, tensors)
         put_tensors_(module, tensors, str(place))
+        notes += stripped
     extra: Mapping[str, Tensor] = {}
     if module is not None:
         check_finite(module, str(place))
@@ -74,10 +78,13 @@ def open_source(
     )
 
 
-def _load(path: Path, trust: tuple[str, ...]) -> tuple[str, nn.Module | None, Mapping[str, Tensor], tuple[str, ...]]:
-    match detect(path):
+def _load(path: Path, trust: tuple[str, ...], key: str | None) -> Loaded:
+    kind = detect(path)
+    if key is not None and kind is not InputKind.PICKLE:
+        raise UsageError(f"--state-key {key}: {path} is no checkpoint of several entries. Leave it away.")
+    match kind:
         case InputKind.PICKLE:
-            return load_pickled(path, trust)
+            return load_pickled(path, trust, key)
         case InputKind.SAFETENSORS:
             tensors, notes = load_safetensors(path)
             return "safetensors", None, tensors, notes

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from padconvert.allow import FUNCTIONS, TYPES, class_allowed, hint, inside, unread
+from padconvert.allow import FUNCTIONS, TYPES, WRAPPERS, class_allowed, hint, inside, unread
 from padconvert.checkpoint.header import read_header
 from padconvert.errors import FileError, UnsafeError, UsageError
 from padconvert.load.audit import Audit, audit
@@ -71,6 +71,8 @@ def _why(name: str, module: str, last: str, trust: tuple[str, ...]) -> str:
         return "read as data"
     if name in FUNCTIONS or name in TYPES:
         return "a listed function or type"
+    if name in WRAPPERS:
+        return "a wrapper; the network inside is taken"
     if inside(module, trust):
         return "of a package you trust"
     if class_allowed(module, last):

@@ -120,6 +120,28 @@ def put_tensors_(
         raise FileError(f"{where}: the factory leaves '{left[0]}' on the meta device. Build the network on the CPU.")
 
 
+def without_prefix(module: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
+    """The tensors by the module's names, where a prefix that all of them share (Lightning's `model.`) is what keeps
+    them from fitting; and a note on that. Else as they are."""
+    own = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
+    inner, prefix = dict(tensors), ""
+    while not _fits(own, inner):
+        heads = {name.partition(".")[0] for name in inner if "." in name}
+        if len(heads) != 1 or not all("." in name for name in inner):
+            return tensors, ()
+        prefix += f"{heads.pop()}."
+        inner = {name.partition(".")[2]: tensor for name, tensor in inner.items()}
+    return (inner, (f"stripped the prefix {prefix!r}",)) if prefix else (tensors, ())
+
+
+def _fits(own: dict[str, Tensor], given: Mapping[str, Tensor]) -> bool:
+    try:
+        _check_fit(own, given, "", ())
+    except FileError:
+        return False
+    return True
+
+
 def _check_fit(own: dict[str, Tensor], given: Mapping[str, Tensor], where: str, missing_ok: Collection[str]) -> None:
     # a tied tensor is there if any of its names is
     there = {id(own[name]) for name in given if name in own}

@@ -6,6 +6,7 @@ import pickletools
 from collections.abc import Callable
 from typing import Protocol
 
+from padconvert.allow import hint
 from padconvert.errors import FileError, UnsafeError
 from padconvert.load.nodes import (
     NameNode,
@@ -275,13 +276,23 @@ class _Machine:
         if isinstance(target, RefusedNode):
             return
         if not isinstance(target, ObjectNode | TableNode) or not isinstance(state, TableNode):
-            raise UnsafeError(f"{self.where}: its pickle sets a state that is not a plain dict. Save it again.")
+            raise UnsafeError(f"{self.where}: its pickle sets a state that is not a plain dict{self.why(target)}.")
         if target.state is not None:
             raise UnsafeError(f"{self.where}: its pickle sets the state of one object twice. Save it again.")
         target.state = state
 
+    def why(self, target: Value) -> str:
+        """The next step for an object with a state of its own. A lazy layer's handle on its own hook is one: then the
+        layer is what counts."""
+        lazy = (name for name in self.names if name.full.startswith("torch.nn.parameter.Uninitialized"))
+        name = next(lazy, target.cls if isinstance(target, ObjectNode) else None)
+        return f": {name.full}; {hint(name.module, name.name)}" if name is not None else ". Save it again"
+
     def persistent_id(self, _: object) -> None:
-        node = persistent(self.pop())
+        try:
+            node = persistent(self.pop())
+        except Refusal as refusal:
+            raise FileError(f"{self.where}: {refusal}.") from None
         if isinstance(node, StorageNode):
             known = self.storages.setdefault(node.key, node)
             if (known.dtype, known.entries) != (node.dtype, node.entries):

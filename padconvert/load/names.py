@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from padconvert.allow import FUNCTIONS, TYPES, class_allowed, hint, inside, unread
+from padconvert.allow import FUNCTIONS, TYPES, WRAPPERS, class_allowed, hint, inside, unread
 from padconvert.errors import FileError, UnsafeError, UsageError
 from padconvert.load.nodes import NameNode
 from padconvert.load.reductions import DATA_NAMES
@@ -29,7 +29,7 @@ def check_trust(trust: Sequence[str]) -> tuple[str, ...]:
 
 def acceptable(name: NameNode, trust: tuple[str, ...]) -> bool:
     """Whether a name may stand in a pickle that is going to be rebuilt."""
-    return name.full in DATA_NAMES or buildable(name, trust)
+    return name.full in DATA_NAMES or name.full in WRAPPERS or buildable(name, trust)
 
 
 def buildable(name: NameNode, trust: tuple[str, ...]) -> bool:

@@ -86,9 +86,11 @@ class Opened:
 
 def open_input(path: Path, options: ConvertOptions, device: torch.device) -> Opened:
     """Open a saved model or an artefact on `device`. Raises as `open_source` and `load` do."""
-    if detect(path) is InputKind.ARTEFACT:
+    if detect(path) is InputKind.ARTEFACT and options.state_key is None:
         return _opened_artefact(path, options, device)
-    source = open_source(path, arch=options.arch, arch_args=options.arch_args, trust=options.trust)
+    source = open_source(
+        path, arch=options.arch, arch_args=options.arch_args, trust=options.trust, state_key=options.state_key
+    )
     module = module_of(source).to(device)
     assert source.sha256 is not None, "open_source hashes unless told not to"
     return Opened(

@@ -17,14 +17,15 @@ from padconvert.load.state_dict import find_network, tensor_names
 Loaded = tuple[str, nn.Module | None, Mapping[str, Tensor], tuple[str, ...]]
 
 
-def load_pickled(path: Path, trust: tuple[str, ...]) -> Loaded:
-    """(kind, the module where the file holds one, its tensors otherwise, notes).
+def load_pickled(path: Path, trust: tuple[str, ...], key: str | None = None) -> Loaded:
+    """(kind, the module where the file holds one, its tensors otherwise, notes). `key`: the entry to take it from.
 
-    Raises UnsafeError where a name in the file is not allowed, FileError where there is no network in it.
+    Raises UnsafeError where a name in the file is not allowed, FileError where there is no network in it, UsageError
+    where there is none under `key`.
     """
     pickled = read(path)
     check_names(pickled.tree.names, trust, str(path))
-    found = find_network(pickled.tree.root, str(path))
+    found = find_network(pickled.tree.root, str(path), key)
     if isinstance(found.node, ObjectNode):
         return found.kind, _module(pickled, found.node, trust, path), {}, found.notes
     tensors, notes = _tensors(pickled, found.node, path)

@@ -51,6 +51,9 @@ DTYPE_NAMES = {**{name: name for name in DTYPE_BYTES}, "half": "float16", "float
                "long": "int64", "int": "int32", "short": "int16"}  # fmt: skip
 
 
+_QUANTISED = {"QInt8Storage", "QUInt8Storage", "QInt32Storage", "QUInt4x2Storage", "QUInt2x4Storage"}
+
+
 class Refusal(Exception):
     """Why this call is not read as data."""
 
@@ -89,6 +92,8 @@ def _storage(kind: Value, key: str, entries: int, view: Args) -> StorageNode:
         dtype = None
     elif kind.module in ("torch", "torch.cuda") and kind.name in STORAGE_DTYPES:
         dtype = STORAGE_DTYPES[kind.name]
+    elif kind.module == "torch" and kind.name in _QUANTISED:
+        raise Refusal("its tensors are quantised, and quantised models cannot be converted; start from the float model")
     else:
         raise ValueError(f"storage type {kind.full} is not supported")
     match view:

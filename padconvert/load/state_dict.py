@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from padconvert.allow import hint
-from padconvert.errors import FileError, UnsafeError
+from padconvert.allow import WRAPPERS, hint
+from padconvert.errors import FileError, UnsafeError, UsageError
 from padconvert.load.nodes import ObjectNode, RefusedNode, SeriesNode, TableNode, TensorNode, Value
 
 # Where training scripts put the network, in the order in which they are looked for.
@@ -26,40 +27,100 @@ class Found:
     notes: tuple[str, ...]
 
 
-def find_network(root: Value, where: str) -> Found:
-    """The network in a pickle's tree. Raises FileError, with the next step, where there is none or several."""
+def find_network(root: Value, where: str, key: str | None = None) -> Found:
+    """The network in a pickle's tree; `key` names the entry of the outermost dict to take it from.
+
+    Raises FileError, with the next step, where there is none or several, UsageError for a key that is not there.
+    """
+    if key is not None:
+        return _unwrapped(_under(root, where, key))
     match root:
         case ObjectNode():
-            return Found(root, "module", ())
+            return _unwrapped(Found(root, "module", ()))
         case TableNode() if _is_state_dict(root):
             return Found(root, "state_dict", ())
         case TableNode():
-            return _inside(root, where, "", _DEPTH)
+            return _unwrapped(_inside(root, where, "", _DEPTH))
         case RefusedNode(name=name, why=why):
             raise UnsafeError(f"{where}: {name.full}: {why}; {hint(name.module, name.name)}.")
-        case TensorNode():
-            raise FileError(f"{where}: a single tensor, not a model. Save the model or its state dict.")
         case _:
-            what = type(root).__name__ if not isinstance(root, SeriesNode) else root.kind.value
-            raise FileError(f"{where}: a saved {what}, not a model. Save the model or its state dict.")
+            raise FileError(f"{where}: {_what(root)}.")
+
+
+def _what(root: Value) -> str:
+    """What was saved in place of a model, and what to save instead."""
+    match root:
+        case TensorNode():
+            return "a single tensor, not a model. Save the model or its state dict"
+        case SeriesNode(items=items) if sum(isinstance(item, ObjectNode) for item in items) > 1:
+            return f"a saved {root.kind.value} of {len(items)} objects, not one model. Save each model to its own file"
+        case SeriesNode():
+            return f"a saved {root.kind.value}, not a model. Save the model in it, or its state dict, by itself"
+        case _:
+            return f"a saved {type(root).__name__}, not a model. Save the model or its state dict"
+
+
+def _unwrapped(found: Found) -> Found:
+    """The network inside a wrapper that only says on which devices to run it."""
+    node = found.node
+    if not isinstance(node, ObjectNode) or node.cls.full not in WRAPPERS or node.state is None:
+        return found
+    modules = next((value for key, value in node.state.pairs if key == "_modules"), None)
+    inner = [value for key, value in modules.pairs if key == "module"] if isinstance(modules, TableNode) else []
+    if len(inner) != 1 or not isinstance(inner[0], ObjectNode):
+        return found
+    return Found(inner[0], found.kind, (*found.notes, f"took the network inside {node.cls.name}"))
+
+
+def _under(root: Value, where: str, key: str) -> Found:
+    """What `--state-key` names."""
+    entries = _entries(root) if isinstance(root, TableNode) else {}
+    holders = {name: value for name, value in entries.items() if _holds_network(value, _DEPTH)}
+    if key not in holders:
+        there = (
+            f"Networks are under {_quoted(holders)}" if holders else "There is no network under any key; leave it away"
+        )
+        raise UsageError(f"--state-key {key}: {where} holds no network under that name. {there}.")
+    return _taken(key, entries, where, "", _DEPTH)
+
+
+def _entries(table: TableNode) -> dict[str, Value]:
+    return {key: value for key, value in table.pairs if isinstance(key, str)}
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names)
 
 
 def _inside(table: TableNode, where: str, path: str, depth: int) -> Found:
-    entries = {key: value for key, value in table.pairs if isinstance(key, str)}
+    entries = _entries(table)
+    states = [key for key, value in entries.items() if isinstance(value, TableNode) and _is_optimizer(value)]
     if _is_optimizer(table):
         raise FileError(f"{where}: an optimizer's state, not a model's. Name the file that holds the model.")
     holders = {key: value for key, value in entries.items() if _holds_network(value, depth)}
     named = [key for key in KEYS if key in holders]
+    if not holders and states:
+        raise FileError(f"{where}: holds an optimizer's state ({states[0]!r}) and no model. Name the model's file.")
     if not named and len(holders) != 1:
-        keys = ", ".join(repr(key) for key in list(entries)[:8]) or "nothing"
+        keys = _quoted(list(entries)[:8]) or "nothing"
         which = "more than one could be the network" if holders else "none of them holds a network"
-        raise FileError(f"{where}: a dict with {keys}; {which}. Save the state dict alone and name that file.")
+        step = "Name one with --state-key" if holders and not path else "Save the state dict alone and name that file"
+        raise FileError(f"{where}: a dict with {keys}; {which}. {step}.")
     key = named[0] if named else next(iter(holders))
-    value = holders[key]
+    found = _taken(key, entries, where, path, depth)
+    others = [other for other in holders if other != key]
+    if others and not path:
+        note = f"more networks are in the file; --state-key {others[0]} takes {others[0]!r} instead"
+        return Found(found.node, found.kind, (*found.notes, note))
+    return found
+
+
+def _taken(key: str, entries: dict[str, Value], where: str, path: str, depth: int) -> Found:
+    value = entries[key]
     notes = [f"took {path}{key!r}"]
-    left = [repr(other) for other in entries if other != key]
+    left = _quoted(other for other in entries if other != key)
     if left:
-        notes[0] += f"; left unread: {', '.join(left)}"
+        notes[0] += f"; left unread: {left}"
     if isinstance(value, TableNode) and not _is_state_dict(value):
         deeper = _inside(value, where, f"{path}{key!r} → ", depth - 1)
         return Found(deeper.node, "checkpoint", (*notes[:-1], *deeper.notes))
