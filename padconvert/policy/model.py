@@ -30,7 +30,8 @@ NO_TOKENIZER = (
     "needs a tokenizer, which this version does not have. Leave it out, and give tokenized arrays in an .npz file "
     "with data.input_key: input_ids,attention_mask"
 )
-MAX_COUNT = 10**9  # of steps, samples, experts: more is a slip of the pen
+MAX_COUNT = 10**9  # of steps, samples, pixels: more is a slip of the pen
+MAX_EXPERTS = 10**12  # what memory holds decides; this only keeps the arithmetic within 64 bits
 MAX_PLACES = 24  # decimal places of a ratio: a bound on the exact arithmetic that follows
 
 
@@ -96,7 +97,7 @@ Ratio = Annotated[
     Field(ge=0, le=1, decimal_places=MAX_PLACES),
     WithJsonSchema(_RATIO_SCHEMA, mode="validation"),
 ]
-Experts = Annotated[int, Field(ge=2, le=MAX_COUNT)]
+Experts = Annotated[int, Field(ge=2, le=MAX_EXPERTS)]
 GranularityName = Literal["element", "channel", "neuron"]
 Scales = Literal["both", "none"]
 RoutingName = Literal["token", "sequence"]
