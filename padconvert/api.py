@@ -111,9 +111,10 @@ def save(
     Raises UsageError where `path` exists without `force`, FileError where it cannot be written.
     """
     folded = fold(model).eval()
+    twin = static_twin(folded)
     # before any forward: some models hang hooks on themselves then, which cannot be described
-    architecture, extra = describe(static_twin(folded), trust)
-    probe = find_probe(folded, None) if inputs is None else probe_of_batch(inputs)
+    architecture, extra = describe(twin, trust)
+    probe = find_probe(twin, None) if inputs is None else probe_of_batch(inputs)
     trained = not all(experts_are_equal(layer) for layer in pad_layers(folded).values())
     provenance = provenance_of(
         source_sha256=None, source_kind="module", device=str(device_of(folded)), seed=0, trained=trained

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import padconvert
+from padconvert.checkpoint.read import read_checkpoint
 from padconvert.errors import FileError, NothingEligibleError, PolicyError, UnsafeError, UsageError
 from padconvert.layers.pad import PadLayer
 from padconvert.load import open_source
@@ -362,3 +363,14 @@ def test_the_same_steps_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a.st", "b.st"):
         padconvert.save(made(defaults__router="mlp")[1], tmp_path / name, inputs=images(2))
     assert (tmp_path / "a.st").read_bytes() == (tmp_path / "b.st").read_bytes()
+
+
+def test_a_probe_is_found_where_the_first_layer_is_converted(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(5, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    policy = load_policy(overrides={"rules": [{"name": "0", "convert": True}]})
+    padconvert.rewrite_(model, padconvert.plan(model, policy))
+    padconvert.save(model, tmp_path / "m.pad.safetensors")
+    probe = read_checkpoint(tmp_path / "m.pad.safetensors").manifest.probe
+    assert probe is not None
+    assert probe.inputs[0].shape[0] == 5

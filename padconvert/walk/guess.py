@@ -95,7 +95,7 @@ KINDS: tuple[type[nn.Module], ...] = (
 
 
 def _first_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The first layer of each kind, in module order. A Pad layer counts as the kind that it converts."""
+    """The first layer of each kind, in module order."""
     seen: set[type[nn.Module]] = set()
     for child in module.modules():
         kind = next((kind for kind in KINDS if isinstance(child, kind)), None)
