@@ -72,3 +72,22 @@ def test_no_torch(in_tmp: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "p.yaml: ok\n", "")
+
+
+def test_check_as_one_document(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (in_tmp / "good.yaml").write_text("version: 1\n")
+    (in_tmp / "bad.yaml").write_text("version: 1\ntran: 3\ndefaults: {num_experts: 1}\n")
+    (in_tmp / "one.yaml").write_text("version: 1\ntran: 3\n")
+    found = {}
+    for name in ("good", "bad", "one"):
+        code = app(["check", f"{name}.yaml", "--json"], standalone_mode=False)
+        found[name] = (code or 0, json.loads(capsys.readouterr().out))
+    schema = "padconvert.policy-check/1"
+    assert found["good"] == (0, {"schema": schema, "file": "good.yaml", "ok": True, "problems": []})
+    code, document = found["bad"]
+    assert (code, document["ok"]) == (3, False)
+    assert [problem.split(": ")[:2] for problem in document["problems"]] == [
+        ["bad.yaml:2", "tran"],
+        ["bad.yaml:3", "defaults.num_experts"],
+    ]
+    assert [problem.split(": ")[0] for problem in found["one"][1]["problems"]] == ["one.yaml:2"]

@@ -20,7 +20,7 @@ from padconvert.report import json_document, numbers, terminal
 from padconvert.report.html import page
 from padconvert.report.layers_table import layers_table
 from padconvert.report.progress import Bar, shown
-from padconvert.results import Result
+from padconvert.results import Check, Result, Verification
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -218,3 +218,58 @@ def test_metrics_in_their_own_units() -> None:
     assert numbers.metric("loss", 0.2001) == "0.2001"
     assert numbers.seconds(0.42) == "0.4 s"
     assert numbers.seconds(200) == "3 min 20 s"
+
+
+def test_what_was_only_measured_is_no_check_that_passed() -> None:
+    measured = Check("accuracy", True, 0.9, None, "measured; nothing to hold it against", held=False)
+    text = rendered(Verification("a.st", (Check("loads", True, None, None), measured), True))
+    assert "· accuracy: 0.9; measured; nothing to hold it against" in text
+    assert text.endswith("\nall 1 check passed\n")
+    assert json.loads(json_document.text(Verification("a.st", (measured,), True)))["checks"][0]["held"] is False
+
+
+def test_recorded_hashes_are_no_limits() -> None:
+    checks = (Check("source sha256", True, "017a", "017a"), Check("source sha256", False, "ffff", "017a", "no"))
+    text = rendered(Verification("a.st", checks, False))
+    assert "✓ source sha256: 017a (as recorded)" in text
+    assert "✗ source sha256: ffff (recorded: 017a); no" in text
+
+
+def test_a_dry_run_names_its_plan() -> None:
+    assert "the plan (saved as plan.json); no artefact was written" in rendered(cases.DRY_RUN)
+    assert "the plan; no artefact was written" in rendered(replace(cases.DRY_RUN, plan_file=None))
+    assert "the plan (saved as plan.json)" in page(cases.DRY_RUN)
+
+
+def test_files_and_tensors_are_told_apart() -> None:
+    said = page(cases.TRAINED)
+    assert "<td>tensor bytes</td><td>59.0 kB (1.00×)</td>" in said
+    assert "<td>file</td><td>61.2 kB (1.00×)</td>" in said
+    assert "<td>file</td><td>61.2 kB (1.00×)</td><td>–</td><td>–</td>" in page(cases.DRY_RUN)
+
+
+@pytest.mark.parametrize("width", [80, 90, 100, 200])
+def test_long_names_break_at_their_dots(width: int) -> None:
+    name = "transformer.encoder.layers.11.attention.output.dense_projection"
+    layer = replace(cases.LAYERS[1], name=name, aliases=(f"shared.{name}",))
+    lines = [
+        line.split("  ")[0].rstrip() for line in rendered(replace(cases.TRAINED, layers=(layer,)), width).splitlines()
+    ]
+    start = next(i for i, line in enumerate(lines) if line.startswith("transformer"))
+    end = next(i for i, line in enumerate(lines) if "1 layer: 1 convert" in line)
+    assert "".join(lines[start:end]) == f"{name}= shared.{name}"
+    assert all(line.endswith((".", "dense_projection")) for line in lines[start:end])
+    assert (end - start == 2) == (width == 200)
+
+
+def test_off_a_terminal_no_line_is_wrapped(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    note = "word " * 60 + "end"
+    terminal.show(replace(cases.TRAINED, notes=(note,)))
+    assert f"· {note}" in capsys.readouterr().out.splitlines()
+
+
+def test_a_partition_that_keeps_everything_is_no_course() -> None:
+    assert "partition  100 → 55 → 30 % dynamic" in rendered(cases.TRAINED)
+    whole = replace(cases.TRAINED, history=({"step": 1, "ratio": 1.0}, {"step": 2, "ratio": 1.0}))
+    assert "partition" not in rendered(whole)

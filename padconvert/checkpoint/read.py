@@ -17,6 +17,8 @@ from padconvert.checkpoint.tensor_bytes import crc32_of, tensor_of
 from padconvert.errors import FileError
 from padconvert.results import Check
 
+_NO_ARTEFACT = "this is not an artefact of padconvert; verify takes what convert wrote"
+
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
@@ -94,10 +96,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Raises FileError where it is no artefact, newer than this code, damaged, or contradicts itself.
     """
+    _check_kind(path)
     file = open_tensors(path)
     text = file.header.metadata.get(KEY)
     if text is None:
-        raise FileError(f"{path}: a safetensors file, but no padconvert artefact: it holds no manifest.")
+        raise FileError(f"{path}: {_NO_ARTEFACT} (a safetensors file without a manifest).")
     try:
         manifest = manifest_from_json(text)
         check_seal(file.header.metadata, {name: (slot.dtype, slot.shape) for name, slot in file.header.tensors.items()})
@@ -105,6 +108,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     except FileError as error:
         raise FileError(f"{path}: {error}") from None
     return Checkpoint(Path(path), file, manifest)
+
+
+def _check_kind(path: str | os.PathLike[str]) -> None:
+    """Raises FileError for a file that torch.save or torch.export.save wrote, where a header's length would be read
+    out of its magic bytes."""
+    with open_regular(path) as file:
+        start = file.read(9)
+    # a header's length may begin with the same bytes, but then the header follows
+    if start[8:] != b"{" and (start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5")):
+        raise FileError(f"{path}: {_NO_ARTEFACT} (a zip archive or a pickle, as torch.save writes).")
 
 
 def is_artefact(path: str | os.PathLike[str]) -> bool:

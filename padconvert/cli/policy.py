@@ -21,7 +21,7 @@ Preset = Annotated[str | None, typer.Option(help="Start from this preset: paper,
 def init(
     path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("padconvert.yaml"),
     preset: Annotated[str, typer.Option(help="The preset it extends.")] = "paper",
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", metavar="", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write a commented policy file to start from."""
     from padconvert.policy import starter, write_starter
@@ -33,7 +33,7 @@ def init(
 @app.command()
 def check(
     file: Annotated[Path, typer.Argument(help="The policy file.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Check a policy file: exit code 0 if it is right, 3 with every problem and its line if not."""
     from padconvert.policy import WORKING_FILE, load_policy

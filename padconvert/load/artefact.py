@@ -35,9 +35,10 @@ def load_checkpoint(checkpoint: Checkpoint, *, into: nn.Module | None = None, tr
     try:
         return _loaded(checkpoint, into, trust)
     except (FileError, UnsafeError) as error:
-        if str(error).startswith(f"{checkpoint.path}:"):
-            raise
-        raise type(error)(f"{checkpoint.path}: {error}") from error
+        said = str(error).removeprefix(f"{checkpoint.path}: ")
+        if isinstance(error, UnsafeError) and "into=" not in said:
+            said += " Or hand over a module of yours: padconvert.load(path, into=module)."
+        raise type(error)(f"{checkpoint.path}: {said}") from error
 
 
 def _loaded(checkpoint: Checkpoint, into: nn.Module | None, trust: Sequence[str]) -> nn.Module:

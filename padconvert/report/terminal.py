@@ -223,8 +223,9 @@ def _verification(result: Verification) -> Iterator[RenderableType]:
     said = [(check, _said(check)) for check in result.checks]
     yield _lines([_check(check.passed, line) if check.held else _note(line) for check, line in said])
     count = sum(check.held for check in result.checks)
+    checks = f"{count} check{'' if count == 1 else 's'}"
     failed = sum(not check.passed for check in result.checks)
-    verdict = f"{failed} of {count} checks failed" if failed else f"all {count} checks passed"
+    verdict = f"{failed} of {checks} failed" if failed else f"all {checks} passed"
     yield Text(verdict, style="bold red" if failed else "bold green")
 
 
