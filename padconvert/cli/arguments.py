@@ -129,7 +129,7 @@ Output = Annotated[
     ),
 ]
 Force = Annotated[
-    bool, typer.Option("--force", metavar="", help="Overwrite what is there: output, plan, report.", rich_help_panel=OUTPUT)
+    bool, typer.Option("--force", metavar="", help="Overwrite the files that are there.", rich_help_panel=OUTPUT)
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", metavar="", help="Plan and report; write no artefact.", rich_help_panel=OUTPUT)
