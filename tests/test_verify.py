@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import padconvert
-from padconvert.errors import VerificationError
+from padconvert.__main__ import main
+from padconvert.errors import FileError, VerificationError
 from padconvert.rewrite import pad_layers, rewrite_
-from padconvert.verify import distance, equality, equality_by_weights
+from padconvert.verify import distance, equality, equality_by_weights, verify
 from padconvert.walk.probe import InputSpec, ProbeSpec
 
 PROBE = ProbeSpec((InputSpec(None, (4,), "float32"),), 0, "the test's own")
@@ -99,3 +105,84 @@ def test_distances() -> None:
     assert distance([torch.zeros(2)], [torch.tensor([0.0, 0.25])]) == (0.25, 0.25)
     assert distance([torch.zeros(2)], [torch.zeros(3)]) == (inf, inf)
     assert distance([torch.zeros(2)], []) == (inf, inf)
+
+
+@pytest.fixture
+def converted(in_tmp: Path) -> Path:
+    """A source and its data-free artefact, beside another model of the same kind and one of another."""
+    torch.manual_seed(0)
+    for name in ("model", "other"):
+        torch.save(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), f"{name}.pt")
+    torch.save(Switched().first, "stranger.pt")
+    result = padconvert.convert("model.pt")
+    assert result.output is not None
+    return Path(result.output.path)
+
+
+@pytest.mark.parametrize("wrong", ["other.pt", "stranger.pt"])
+def test_against_another_file_the_advice_is_to_name_the_right_one(
+    converted: Path, wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(converted), "--against", wrong]) == 7
+    said = capsys.readouterr()
+    assert "✗ source sha256" in said.out
+    assert said.err.endswith("does not hold: source sha256. Name the file it was made from with --against.\n")
+    assert main(["verify", str(converted), "--against", "model.pt"]) == 0
+    assert "✓ same function as the source" in capsys.readouterr().out
+
+
+def test_data_alone_is_measured_and_held_against_nothing(converted: Path) -> None:
+    np.savez("data.npz", x=np.random.default_rng(0).normal(size=(16, 4)).astype("float32"), y=np.arange(16) % 2)
+    alone = verify(converted, data=("data.npz",)).checks[-1]
+    assert (alone.name, alone.held, alone.limit) == ("accuracy", False, None)
+    assert alone.detail == "measured; nothing to hold it against"
+    beside = verify(converted, against=Path("model.pt"), data=("data.npz",)).checks[-1]
+    assert (beside.held, beside.value) == (True, alone.value)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "protocol2.pt", "plain.safetensors"])
+@pytest.mark.usefixtures("converted")
+def test_what_is_no_artefact_is_called_so(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({}, "protocol2.pt", _use_new_zipfile_serialization=False)
+    save_file({"a": torch.zeros(2)}, "plain.safetensors")
+    assert main(["verify", name]) == 4
+    said = "this is not an artefact of padconvert; verify takes what convert wrote"
+    assert capsys.readouterr().err.startswith(f"error: {name}: {said}")
+    with pytest.raises(FileError, match=said):
+        padconvert.load(name)
+
+
+@pytest.mark.usefixtures("converted")
+def test_a_report_that_is_there_is_kept_unless_forced(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("r.html").write_text("mine")
+    words = ["convert", "model.pt", "-o", "new.st", "--report", "r.html"]
+    assert main(words) == 2
+    assert (
+        capsys.readouterr().err == "error: --report r.html: exists; --force replaces it, --report names another file\n"
+    )
+    assert (Path("r.html").read_text(), Path("new.st").exists()) == ("mine", False)
+    assert main(["convert", "model.pt", "--dry-run", "--plan-out", "r.html"]) == 2
+    assert capsys.readouterr().err == "error: r.html exists; --force replaces it, --plan-out names another file.\n"
+    assert main(["convert", "model.pt", "-o", "r.html", "--report", "r.html", "--force"]) == 2
+    assert main([*words, "--force"]) == 0
+    assert "<html" in Path("r.html").read_text()
+
+
+def test_an_artefact_of_trusted_code_names_both_ways(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (in_tmp / "verifynet.py").write_text(
+        "from torch import nn\n\n\nclass Own(nn.Sequential):\n    def forward(self, x):\n"
+        "        return super().forward(x)\n"
+    )
+    sys.path.insert(0, str(in_tmp))
+    try:
+        own = importlib.import_module("verifynet").Own(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+        torch.save(own, "own.pt")
+        assert main(["convert", "own.pt", "--trust", "verifynet"]) == 0
+        assert main(["verify", "own.pad.safetensors"]) == 6
+        said = capsys.readouterr().err
+        assert said.startswith("error: own.pad.safetensors: ")
+        assert "--trust verifynet" in said
+        assert "into=" in said
+        assert main(["verify", "own.pad.safetensors", "--trust", "verifynet"]) == 0
+    finally:
+        sys.path.remove(str(in_tmp))
