@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import platform
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+import padconvert
 from padconvert.account import verdict
 from padconvert.errors import UsageError
 from padconvert.finetune.data.sources import Data, checksum
@@ -97,6 +99,8 @@ def _work_dir(opened: Opened, plan: Plan, data: Data, options: ConvertOptions) -
         "device": options.device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "padconvert": padconvert.__version__,
+        "python": platform.python_version(),
     }
     decisions = plan_to_json(replace(plan, origins={}, notes=()))  # not where they were said
     return WorkDir(options.work_dir, fingerprint, hashlib.sha256(decisions.encode()).hexdigest())

@@ -250,6 +250,10 @@ def test_another_source_other_data_and_other_threads_are_refused(
     with pytest.raises(UsageError, match=r"data: \"[0-9a-f]{56}\.\.\. before"):
         convert(place / "model.pt", replace(options, data=(str(tmp_path / "data.npz"),)))
     (work_dir / "run.json").write_text(json.dumps(terms))
+    with monkeypatch.context() as patch:
+        patch.setattr("padconvert.__version__", "9.9")
+        with pytest.raises(UsageError, match=r'padconvert: "[0-9.]+" before, "9.9" now'):
+            convert(place / "model.pt", options)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     with pytest.raises(UsageError, match="threads: 1 before, 7 now"):
         convert(place / "model.pt", options)
