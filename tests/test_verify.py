@@ -116,7 +116,7 @@ def converted(in_tmp: Path) -> Path:
     torch.save(Switched().first, "stranger.pt")
     result = padconvert.convert("model.pt")
     assert result.output is not None
-    return Path(result.output.path)
+    return in_tmp / result.output.path
 
 
 @pytest.mark.parametrize("wrong", ["other.pt", "stranger.pt"])
