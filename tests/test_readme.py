@@ -1,4 +1,4 @@
-"""The documents' examples are run: every `python` and `console` block of README and the tutorial, in order.
+"""The documents' examples are run: every `python` and `console` block of README, tutorial and CI page.
 
 A shown line must be a line of the output, where `…` stands for anything. `$ echo $?` shows the exit code before it.
 """
@@ -49,10 +49,10 @@ def follow(block: str, folder: Path) -> None:
             assert any(pattern(line).fullmatch(found) for found in lines), f"{line!r} is not in\n" + "\n".join(lines)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/tutorial.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/tutorial.md", "docs/ci.md"])
 def test_the_examples_of_a_document_hold(document: str, tmp_path: Path) -> None:
     blocks = BLOCK.findall((ROOT / document).read_text(encoding="utf-8"))
-    assert len(blocks) > 3
+    assert len(blocks) > 2
     for language, block in blocks:
         if language == "console":
             follow(block, tmp_path)
