@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -171,6 +172,7 @@ def test_a_prefix_of_a_wrapper_is_stripped_and_said(name: str, here: Path) -> No
         {**nested(net().state_dict(), "model."), "loss.weight": torch.ones(2)},
         {f"model.{name}": tensor[..., :1] for name, tensor in net().state_dict().items()},
         dict(list(nested(net().state_dict(), "model.").items())[:-1]),
+        {f"{'model' if 'conv' in name else 'head'}.{name}": tensor for name, tensor in net().state_dict().items()},
     ],
 )
 def test_a_prefix_that_is_not_all_that_is_wrong_stays(state: State, here: Path) -> None:
@@ -233,6 +235,21 @@ def test_the_key_goes_through_the_whole_line(here: Path, capsys: pytest.CaptureF
     assert main(["convert", "out.st", "-o", "more.st", "--state-key", "ema"]) == 2
     assert "--state-key ema: out.st is no checkpoint" in capsys.readouterr().err
     assert not (here / "more.st").exists()
+
+
+def test_a_run_is_not_resumed_with_another_network_of_the_same_file(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = saved({"model": net(1), "ema": net(2)})
+    np.savez("data.npz", x=np.random.RandomState(0).randn(32, *INPUT).astype("float32"), y=np.arange(32) % 4)
+    words = ["convert", str(path), "-o", "out.st", "--force", "-q", "--trust", "zoo_traps", "--work-dir", "work"]
+    words += ["--data", "data.npz", "--steps", "10", "--batch-size", "8"]
+    assert main(words) == 0
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main([*words, "--state-key", "ema"]) == 2
+    assert "--state-key" in capsys.readouterr().err
+    assert here == Path.cwd()
 
 
 def test_several_networks_without_a_known_key_ask_for_one(here: Path) -> None:
