@@ -107,7 +107,7 @@ def test_a_signal_ends_in_130_and_the_same_call_goes_on(
         patch.setattr(module, name, kill(getattr(module, name)))
         assert main(words) == 130
     said = capsys.readouterr().err
-    assert said.startswith("error: Interrupted; nothing was written")
+    assert said.startswith("error: Interrupted; no artefact was written")
     assert said.count("\n") == 1
     assert files(tmp_path) == {"out.st": b"yesterday"}
     assert signal.getsignal(signal.SIGTERM) is before
