@@ -88,7 +88,7 @@ HINTS = (
     ("torch._utils._rebuild_sparse", "make its sparse tensors dense (tensor.to_dense()), then save again"),
     ("torch.serialization._get_layout", "make its sparse tensors dense (tensor.to_dense()), then save again"),
     ("torch._utils._rebuild_nested", "it holds nested tensors, which no layer takes; save the state dict without them"),
-    ("torch._utils._rebuild_meta", "its tensors are on the meta device and hold no values; load the weights, then save"),
+    ("torch._utils._rebuild_meta", "its tensors are on the meta device, without values; load the weights, then save"),
     ("torch._utils._rebuild_wrapper", "it holds tensors of a class of their own; save the plain model before wrapping"),
     ("torchao", "quantised models cannot be converted; start from the float model"),
     ("bitsandbytes", "quantised models cannot be converted; start from the float model"),

@@ -22,9 +22,9 @@ from padconvert.options import POLICY_KEYS, ConvertOptions
 # Options are a promise: one may be added here, none may go.
 OPTIONS = {
     "convert": "--output -o --dynamic-ratio --experts --granularity --policy --preset --set --plan --arch --arch-arg "
-    "--input-shape --trust --state-key --data --eval-data --label-column --steps --batch-size --lr --compare --work-dir --seed "
-    "--device --dry-run --plan-out --force --json --report --quiet -q --max-accuracy-drop --max-size --max-memory "
-    "--require-layers --strict",
+    "--input-shape --trust --state-key --data --eval-data --label-column --steps --batch-size --lr --compare "
+    "--work-dir --seed --device --dry-run --plan-out --force --json --report --quiet -q --max-accuracy-drop --max-size "
+    "--max-memory --require-layers --strict",
     "inspect": "--policy --preset --set --arch --arch-arg --input-shape --trust --state-key --audit --json",
     "verify": "--against --data --arch --arch-arg --trust --state-key --device --json",
     "export": "--output -o --format --trust --force --json",
