@@ -11,7 +11,7 @@ TESTS := $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 help:
 	@echo "make demo    a small network learns, is converted, and is held beside its neighbours (under 3 minutes)"
 	@echo "make test    the tests"
-	@echo "make soak    100,000 damaged files, every bit of an artefact, 51 killed runs (about ten minutes on two cores)"
+	@echo "make soak    100,000 damaged files, every bit of an artefact, 51 killed runs (long; resumable)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff's formatter and its safe fixes"
 	@echo "make clean   removes what the other targets made"
