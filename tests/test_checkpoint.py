@@ -201,7 +201,7 @@ def test_tensors_at_one_address_at_different_times_are_not_tied(tmp_path: Path) 
 
     tensors = {f"t{n:03}": torch.full((64,), float(n)) for n in range(500)}
     checkpoint = write(tmp_path, manifest(), OnDemand(tensors))
-    assert len(set(OnDemand.addresses)) < 500  # freed at once, so addresses really came again
+    assert len(set(OnDemand.addresses)) < len(OnDemand.addresses)  # addresses really came again
     assert checkpoint.manifest.aliases == {}
     assert all(same_bits(checkpoint.tensor(name), tensors[name]) for name in tensors)
 
@@ -248,7 +248,7 @@ def test_is_artefact(tmp_path: Path) -> None:
     assert is_artefact(path)
     safetensors.torch.save_file({"a": torch.zeros(2)}, path)
     assert not is_artefact(path)
-    with pytest.raises(FileError, match="no padconvert artefact"):
+    with pytest.raises(FileError, match="not an artefact of padconvert"):
         read_checkpoint(path)
     path.write_text("some text, and more of it")
     assert not is_artefact(path)

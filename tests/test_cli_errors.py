@@ -290,12 +290,11 @@ CASES: list[tuple[str, int, tuple[str, ...]]] = [
     ("convert cut.st -o more.st", 4, ("cut.st",)),
     ("convert flipped.st -o more.st", 4, ("flipped.st",)),
     ("verify missing.st", 4, ("missing.st", "No such file")),
-    ("verify model.pt", 4, ("model.pt", "not a safetensors file")),
+    ("verify model.pt", 4, ("model.pt", "not an artefact of padconvert")),
     ("verify folder", 4, ("folder",)),
     ("verify cut.st", 4, ("cut.st",)),
     ("verify cut_in_header.st", 4, ("cut_in_header.st",)),
     ("verify free.st --against text.pt", 4, ("text.pt", "a text file")),
-    ("verify free.st --against state.pt", 4, ("state.pt", "--arch")),
     ("verify free.st --data channels.npz", 4, ("channels.npz", "[2, 3, 8, 8]")),
     ("verify free.st --data high.npz", 4, ("high.npz", "label 3")),
     ("verify free.st --data unlabelled.npz", 4, ("unlabelled.npz", "no labels")),
@@ -344,7 +343,8 @@ def test_one_clear_line_its_exit_code_and_nothing_left_behind(
     ("words", "failed"),
     [
         ("verify flipped.st", ["checksums"]),
-        ("verify free.st --against other.pt", ["source sha256", "same function as the source"]),
+        ("verify free.st --against other.pt", ["source sha256"]),
+        ("verify free.st --against state.pt", ["source sha256"]),
         ("verify trained.st --against other.pt", ["source sha256"]),
     ],
 )
