@@ -46,7 +46,7 @@ def test_the_workflow_is_what_github_reads() -> None:
         for step in job["steps"]:
             assert ("run" in step) != ("uses" in step), step
             assert set(step) <= {"name", "run", "uses", "with", "if"}
-            assert "uses" not in step or re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"])
+            assert "uses" not in step or re.fullmatch(r"[\w-]+/[\w-]+(/[\w-]+)?@v\d+", step["uses"])
 
 
 def test_every_option_in_the_workflow_exists() -> None:
