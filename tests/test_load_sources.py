@@ -380,3 +380,12 @@ def test_an_audit_lists_names_and_says_what_would_happen(in_tmp: Path, nets: str
     with pytest.raises(PadconvertError):
         audit(in_tmp / "model.pt")
     assert nets
+
+
+def test_a_header_length_that_spells_pk_is_no_zip(tmp_path: Path) -> None:
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    length = int.from_bytes(b"PK", "little")
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + b"\0\0\0\0")
+    assert detect(path) is InputKind.SAFETENSORS
+    assert list(open_source(path).tensors) == ["a"]

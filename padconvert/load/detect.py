@@ -48,7 +48,8 @@ def detect(path: str | os.PathLike[str]) -> InputKind:
         raise FileError(f"{place}: cannot be read ({error.strerror or error}). Check the path.") from error
     if not head:
         raise FileError(f"{place}: the file is empty. Save or download it again.")
-    if head.startswith(b"PK"):
+    # a safetensors file begins with its header's length, and 19,280 is "PK" too; byte 8 of a zip is never a brace
+    if head.startswith(b"PK") and head[8:9] != b"{":
         return _detect_zip(place)
     if is_artefact(place):
         return InputKind.ARTEFACT
