@@ -83,7 +83,7 @@ READERS: dict[str, Callable[[Path], str]] = {
     "AssertionError: a damaged file is taken for a good one": lambda path: "another meaning",  # noqa: ARG005
     "it ran code": runs_code,
     "Hang: over": swallows_the_alarm,
-    "took 6": allocates,
+    "took ": allocates,
     "the process died (wait status 9)": crashes,
 }
 
