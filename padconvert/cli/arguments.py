@@ -99,7 +99,7 @@ Granularity = Annotated[
     str | None,
     typer.Option(
         metavar="element|channel",
-        help="Choose single weights (as the paper: saves bytes) or whole filters (saves bytes and time).",
+        help="Choose single weights, as the paper does, or whole filters.",
         rich_help_panel=POLICY,
     ),
 ]
