@@ -26,7 +26,7 @@ from padconvert.plan.memory import least_file_bytes, peak_memory
 from padconvert.policy import Policy, Resolved
 from padconvert.precision import restore_dtypes_
 from padconvert.progress import Progress, Silent
-from padconvert.results import Conversion, Equality, Gate, OutputFile, SourceFile
+from padconvert.results import Comparison, Conversion, Equality, Gate, OutputFile, SourceFile
 from padconvert.seal import Seal
 from padconvert.surroundings import Clock, resumable, settled
 from padconvert.verify import calls_on, equality, runs
@@ -47,7 +47,6 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
     resolved = options.resolve_policy()
     output = options.output or default_output(Path(source))
     _check_files(Path(source), output, options)
-    _check_fits(Path(source), options)
     with settled(options.device) as device, resumable(options):
         progress.stage("load")
         opened = open_input(Path(source), options, device)
@@ -74,9 +73,7 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
         clock.lap("rewrite")
 
         trained = train_(opened, model, plan, data, options, device, progress)
-        if trained.comparison is not None:
-            measured = trained.comparison
-            gates = hold((*gates, *accuracy_gate(measured.source, measured.output, options.max_accuracy_drop)))
+        gates = hold((*gates, *_measured_gates(trained.comparison, options)))
         clock.lap("train")
 
         progress.stage("write")
@@ -108,6 +105,12 @@ def default_output(source: Path) -> Path:
     return source.with_name(name + SUFFIX)
 
 
+def _measured_gates(measured: Comparison | None, options: ConvertOptions) -> tuple[Gate, ...]:
+    if measured is None:
+        return ()
+    return accuracy_gate(measured.source, measured.output, options.max_accuracy_drop)
+
+
 def _check_files(source: Path, output: Path, options: ConvertOptions) -> None:
     """Nothing that is there is replaced unasked, and no file is asked to be two things."""
     if not options.dry_run:
@@ -118,6 +121,7 @@ def _check_files(source: Path, output: Path, options: ConvertOptions) -> None:
         _check_not_read(options.plan_out, options)
         if not options.dry_run and options.plan_out.resolve() == output.resolve():
             raise UsageError(f"--plan-out {options.plan_out}: is the output as well; name another file.")
+    _check_fits(source, options)
 
 
 def _check_not_read(target: Path, options: ConvertOptions) -> None:

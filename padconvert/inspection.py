@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from padconvert.account import layer_results
+from padconvert.account import layer_results, planned_totals
 from padconvert.checkpoint.header import Header, read_header
 from padconvert.checkpoint.layout import all_expected
 from padconvert.checkpoint.manifest import LayerEntry, Manifest
@@ -18,7 +20,7 @@ from padconvert.options import ConvertOptions
 from padconvert.plan import ITEMSIZE, Plan, TensorSizes, make_plan
 from padconvert.plan.decide import STATIC_ROLES
 from padconvert.results import Holdings, Inspection, LayerResult
-from padconvert.walk import LayerInfo, Walk, walk
+from padconvert.walk import LayerInfo, walk
 from padconvert.walk.probe import find_probe
 from padconvert.words import Granularity, Kind, Reason, Verdict
 
@@ -77,7 +79,7 @@ def _of_source(path: Path, source: Source, options: ConvertOptions) -> Inspectio
         )
     layers = layer_results(plan, None)
     return Inspection(
-        str(path), source.kind, source.bytes, _predicted(plan, found, source.bytes), layers, (*notes, *plan.notes)
+        str(path), source.kind, source.bytes, _predicted(plan, source.bytes), layers, (*notes, *plan.notes)
     )
 
 
@@ -104,29 +106,12 @@ def _layer(info: LayerInfo, verdict: Verdict, reason: Reason) -> LayerResult:
     )
 
 
-def _predicted(plan: Plan, found: Walk, source_bytes: int) -> Holdings:
-    cost = plan.cost
-    entries = {layer.info.name: math.prod(layer.info.weight_shape) for layer in plan.converted}
-    dynamic = sum(entries[layer.info.name] * layer.choice.dynamic_ratio for layer in plan.converted if layer.choice)
-    macs = [info.macs for info in found.layers]
-    return Holdings(
-        layers=len(plan.layers),
-        converted=len(plan.converted),
-        params_source=cost.params_source,
-        params_output=cost.params_output,
-        params_fully_dynamic=cost.params_fully_dynamic,
-        bytes_source=source_bytes,
-        bytes_output=cost.bytes_output,
-        bytes_fully_dynamic=cost.bytes_fully_dynamic,
-        bytes_values=cost.bytes_values,
-        bytes_masks=cost.bytes_masks,
-        bytes_router=cost.bytes_router,
-        tensor_bytes_source=cost.bytes_source,
-        tensor_bytes_output=cost.bytes_output,
-        tensor_bytes_fully_dynamic=cost.bytes_fully_dynamic,
-        dynamic_ratio=float(dynamic / sum(entries.values())) if entries else 0.0,
-        macs_source=sum(count for count in macs if count is not None) if any(macs) else None,
-    )
+def _predicted(plan: Plan, source_bytes: int) -> Holdings:
+    """The plan's prediction; `Holdings` and `Totals` name the same things alike. The header is not known yet."""
+    totals = planned_totals(plan, source_bytes)
+    shared = {field.name for field in fields(Holdings)} & {field.name for field in fields(totals)} - {"bytes_header"}
+    alike: dict[str, Any] = {name: getattr(totals, name) for name in shared}
+    return Holdings(layers=len(plan.layers), converted=len(plan.converted), **alike)
 
 
 # ---- tensors without an architecture
