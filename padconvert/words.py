@@ -40,10 +40,23 @@ class Verdict(StrEnum):
 
 
 class Granularity(StrEnum):
-    """The unit of a partition: single entries, or whole filters (rows of the weight)."""
+    """The unit of a partition: single entries, whole filters (rows of the weight), or an FFN's whole hidden units."""
 
     ELEMENT = "element"
     CHANNEL = "channel"
+    NEURON = "neuron"
+
+
+class Place(StrEnum):
+    """A layer's place in its feed-forward block (FFN): down(act(up(x))), or down(act(gate(x)) · up(x)).
+
+    Members of a block share the routing of a call: the first one routes, the last one is `down`.
+    """
+
+    ALONE = "alone"  # no member of a block
+    FIRST = "first"  # of up and gate the one that is called first
+    PEER = "peer"  # the other one
+    LAST = "last"
 
 
 class Routing(StrEnum):
@@ -79,12 +92,15 @@ class Reason(StrEnum):
     META_WEIGHT = "meta_weight", "its weight holds no values (meta device)"
     NOT_CALLED = "not_called", "the model's forward never calls it"
     ALREADY_DYNAMIC = "already_dynamic", "it is dynamic already"
+    FFN_NOT_PROVEN = "ffn_not_proven", "not proven that only pointwise operations stand within its feed-forward block"
+    ALREADY_EXPERTS = "already_experts", "it belongs to a mixture of experts already"
     NO_ARCHITECTURE = "no_architecture", "the file holds tensors but no architecture; name one with --arch"
     # static: decided by the plan
     STEM_STATIC = "stem_static", "the first convolution stays static by default"
     HEAD_STATIC = "head_static", "the output layer stays static by default"
     DEPTHWISE_STATIC = "depthwise_static", "depthwise convolutions stay static by default"
     ATTENTION_STATIC = "attention_static", "attention projections stay static by default"
+    LINEAR_STATIC = "linear_static", "beside feed-forward blocks, other linear layers stay static by default"
     POLICY_RULE = "policy_rule", "a rule of the policy decided"
     RATIO_ROUNDS_TO_ZERO = "ratio_rounds_to_zero", "its dynamic ratio leaves it no dynamic unit"
     # converted: decided by the plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from padconvert.words import Granularity, Kind, Routing
+from padconvert.words import Granularity, Kind, Place, Routing
 
 #: what a convolution's call needs beside its weights
 CALL_OPTIONS = ("stride", "padding", "dilation", "groups", "padding_mode")
@@ -14,8 +14,12 @@ CALL_OPTIONS = ("stride", "padding", "dilation", "groups", "padding_mode")
 class LayerFacts:
     """The shape of a Pad layer.
 
-    `n_dynamic` counts units: entries for `element`, rows for `channel`. `n_bias_dynamic` counts bias entries
-    (for `channel` it equals `n_dynamic`, since the bias goes with its filter; 0 without a bias).
+    `n_dynamic` counts units: entries for `element`, rows for `channel`, hidden units for `neuron`. `n_bias_dynamic`
+    counts bias entries (for `channel` and `neuron` it equals `n_dynamic`, since the bias goes with its row; 0 without a
+    bias, and for the `neuron` bias of an FFN's last layer, which is static).
+    `top_k` of the experts are computed for a token (or sequence), 0 means all of them, mixed. Members of an FFN name its
+    first member as their `group`; that one has the group's router, and with `neuron` its `dynamic_index`.
+    `transposed`: the source stores the weight as [in, out] (transformers' Conv1D); `weight_shape` is [out, in] always.
     Convolutions carry `stride`, `padding` (numbers, or "same"/"valid"), `dilation`, `groups`, `padding_mode`.
     """
 
@@ -34,3 +38,17 @@ class LayerFacts:
     dilation: tuple[int, ...] = ()
     groups: int = 1
     padding_mode: str = "zeros"
+    top_k: int = 0
+    group: str = ""
+    place: Place = Place.ALONE
+    transposed: bool = False
+
+    @property
+    def has_router(self) -> bool:
+        """Whether the router's tensors stand under this layer's name."""
+        return self.place in (Place.ALONE, Place.FIRST)
+
+    @property
+    def unit_dim(self) -> int:
+        """The dimension of the weight along which units lie: columns for the last layer of a `neuron` block."""
+        return int(self.granularity is Granularity.NEURON and self.place is Place.LAST)

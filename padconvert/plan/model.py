@@ -15,7 +15,11 @@ Route = Literal["trained", "data-free"]
 
 @dataclass(frozen=True, slots=True)
 class LayerChoice:
-    """How one layer is converted: the policy's settings, resolved for it."""
+    """How one layer is converted: the policy's settings, resolved for it.
+
+    `top_k` experts are computed for a token, 0 means all of them, mixed. `group` is the first member's name where the
+    layer is converted together with its feed-forward block (`level: ffn`), else "".
+    """
 
     dynamic_ratio: Decimal
     num_experts: int
@@ -23,6 +27,8 @@ class LayerChoice:
     scales: Literal["both", "none"]
     router: str
     routing: Routing
+    top_k: int = 0
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from padconvert.words import Kind, Reason, Role
+from padconvert.words import Kind, Place, Reason, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +14,9 @@ class LayerInfo:
     `name` is its first dotted name in module order, `aliases` all further names of the same module.
     `macs` (multiply-adds per sample), `calls` (per forward), `order` (of the first call) and the shapes
     (without the batch dimension) are None where no input was known.
+
+    `group` is the first member's name where the layer belongs to a feed-forward block (FFN) that was proven to be one,
+    else "". `causal`: its inputs at a position do not depend on later positions (None: not known).
     """
 
     name: str
@@ -33,6 +36,9 @@ class LayerInfo:
     input_shape: tuple[int, ...] | None = None
     output_shape: tuple[int, ...] | None = None
     detail: str = ""  # extra words for a person, e.g. which parent reads the weight
+    group: str = ""
+    place: Place = Place.ALONE
+    causal: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
