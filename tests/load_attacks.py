@@ -190,6 +190,13 @@ def legacy_size(path: Path) -> None:
     path.write_bytes(data[:-24] + (1 << 40).to_bytes(8, "little") + data[-16:])
 
 
+def text_pid(text: str) -> Callable[[Path], None]:
+    """A persistent id as protocol 0 writes it, in place of the storage of a tensor."""
+    call = b"ctorch._utils\n_rebuild_tensor_v2\n(P" + text.encode() + b"\n" + view(0, 4, 1)
+    pickled = b"\x80\x02}" + short("w") + call + b"\x89ccollections\nOrderedDict\n)RtRs."
+    return lambda path: write(path, {"data.pkl": pickled, "data/0": bytes(16)})
+
+
 def itself(path: Path) -> None:
     inside = nn.Sequential(nn.Linear(2, 2))
     inside._modules["again"] = inside
@@ -230,6 +237,18 @@ ATTACKS: dict[str, tuple[Callable[[Path], None], Refusals]] = {
     "new_with_arguments": (bare(b"ctorch.nn.modules.linear\nLinear\nK\x02K\x02\x86\x81"), UnsafeError),
     "instance_opcode": (bare(b"(" + short("touch canary") + b"ios\nsystem\n"), UnsafeError),
     "extension_opcode": (bare(b"\x82\x01"), UnsafeError),
+    "text_id_of_a_class": (
+        bare(b"P('module', <class 'posix.system'>, 'x.py', 'touch canary')\nX\x0c\x00\x00\x00touch canary\x85R"),
+        UnsafeError,
+    ),
+    "text_id_that_calls": (text_pid("('storage', __import__('os').system('touch canary'), '0', 'cpu', 4)"), FileError),
+    "text_id_with_more": (
+        text_pid("('storage', <class 'torch.FloatStorage'>, '0', 'cpu', 4) or __import__('os').system('touch canary')"),
+        FileError,
+    ),
+    "text_id_too_large": (text_pid("('storage', <class 'torch.FloatStorage'>, '0', 'cpu', 99999999)"), FileError),
+    "text_id_outside": (text_pid("('storage', <class 'torch.FloatStorage'>, '../0', 'cpu', 4)"), FileError),
+    "text_id_without_end": (text_pid("('" + "(" * 1_000_000), FileError),
     "rebuild_calls_a_class": (
         saved(lambda: layer(x=Call(torch._tensor._rebuild_from_type_v2, nn.Linear, nn.Linear, (2, 2), {}))),
         UnsafeError,

@@ -182,7 +182,13 @@ def test_an_artefact(artefact: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize(
     ("ref", "verdict", "trust"),
-    [("os:system", "refused", []), ("builtins:exec", "refused", []), ("auditnets:make", "trust", ["auditnets"])],
+    [
+        ("os:system", "refused", []),
+        ("builtins:exec", "refused", []),
+        ("torch.hub:load", "refused", []),
+        ("__main__:make", "refused", []),
+        ("auditnets:make", "trust", ["auditnets"]),
+    ],
 )
 def test_an_artefact_that_names_its_factory(
     ref: str, verdict: str, trust: list[str], artefact: Path, capsys: pytest.CaptureFixture[str],
@@ -195,11 +201,23 @@ def test_an_artefact_that_names_its_factory(
     assert (code, document["verdict"], document["trust"]) == (6, verdict, trust)
     assert [name["name"] for name in document["names"] if not name["allowed"]] == [ref.replace(":", ".")]
     assert ref in said
-    with pytest.raises(UnsafeError):
+    with pytest.raises(UnsafeError) as raised:
         load(artefact)
+    # advice names only what would work
+    assert ("--trust auditnets" in str(raised.value)) == bool(trust)
+    assert "no --trust allows it" in str(raised.value) or trust
+    assert "into=" in str(raised.value)
     if trust:
         assert audited(artefact, "--trust", "auditnets", capsys=capsys)[0] == 0
     assert not (artefact.parent / "canary").exists()
+
+
+@pytest.mark.parametrize("ref", ["os", "a b:c", "os:", "x:y\nz", None])
+def test_a_factory_without_a_name_is_a_damaged_file(ref: str | None, artefact: Path) -> None:
+    rewritten(artefact, {"kind": "factory", "ref": ref, "args": {}})
+    with pytest.raises(FileError, match="no function's name") as raised:
+        load(artefact, trust=("a", "x"))
+    assert "\n" not in str(raised.value)
 
 
 def test_an_artefact_whose_skeleton_names_code(artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:

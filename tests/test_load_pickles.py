@@ -57,7 +57,7 @@ def test_a_network_comes_back_exactly(name: str, tmp_path: Path) -> None:
     assert list(again.values()) == list(shared.values())  # ties are ties
 
 
-@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("name", ["weight_tied", "lstm_linear", "bert", "t5_encoder_decoder", "resnet"])
 def test_both_formats_and_all_protocols(name: str, legacy: bool, protocol: int, tmp_path: Path) -> None:
@@ -67,6 +67,24 @@ def test_both_formats_and_all_protocols(name: str, legacy: bool, protocol: int, 
     opened = open_source(path, trust=TRUST)
     assert opened.module is not None
     assert_same(opened.module, source)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint16, torch.bool])
+def test_a_state_dict_of_protocol_0_that_torch_itself_cannot_read(
+    dtype: torch.dtype, legacy: bool, tmp_path: Path
+) -> None:
+    """There a storage is named by Python's text of a tuple: `('storage', <class 'torch.FloatStorage'>, …)`."""
+    base = torch.arange(12).to(dtype)
+    state = {"w": base.view(3, 4), "part": base[4:8]}
+    path = tmp_path / "model.pt"
+    torch.save(state, path, _use_new_zipfile_serialization=not legacy, pickle_protocol=0)
+    with pytest.raises(AssertionError, match="saved_id must be a tuple"):
+        torch.load(path, weights_only=False)
+    tensors = open_source(path).tensors
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == {"w": dtype, "part": dtype}
+    assert torch.equal(tensors["w"], state["w"])
+    assert torch.equal(tensors["part"], state["part"])
 
 
 def attributes() -> dict[str, Any]:
@@ -93,7 +111,7 @@ def attributes() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_plain_attributes_come_back(protocol: int, tmp_path: Path) -> None:
     source = nn.Linear(2, 2)
     expected = attributes()
@@ -176,6 +194,22 @@ def test_hooks_of_old_norms_are_refused_with_the_next_step(tmp_path: Path) -> No
     torch.save(source, tmp_path / "model.pt")
     with pytest.raises(UnsafeError, match="remove_weight_norm"):
         open_source(tmp_path / "model.pt", trust=TRUST)
+
+
+def test_a_module_is_read_after_torch_compile_was_used(tmp_path: Path) -> None:
+    """The compiler replaces nn.Module.__setstate__ for the whole process."""
+    import torch._dynamo.mutation_guard as guard
+
+    torch.save(nn.Sequential(nn.Linear(2, 2)), tmp_path / "model.pt")
+    own = nn.Module.__setstate__
+    init = nn.Module.__init__
+    try:
+        guard.install_generation_tagging_init()
+        assert nn.Module.__setstate__ is not own
+        assert isinstance(open_source(tmp_path / "model.pt").module, nn.Sequential)
+    finally:
+        nn.Module.__setstate__ = own  # type: ignore[method-assign]
+        nn.Module.__init__ = init  # type: ignore[method-assign]
 
 
 def test_the_checksum_and_size_are_the_files(tmp_path: Path) -> None:

@@ -203,6 +203,8 @@ def test_one_name_of_a_tied_tensor_is_enough(nets: str) -> None:
         ("{}", {}, "package.module:function"),
         ("{}:net:x", {}, "package.module:function"),
         ("nowhere_at_all:net", {}, "no such module"),
+        ("torch.hub:load", {"model": "x"}, "into a file of your own"),
+        ("os:system", {}, "into a file of your own"),
         ("{}:nett", {}, "Did you mean 'net'"),
         ("{}:number", {}, "cannot be called"),
         ("{}:nothing", {}, "not a torch.nn.Module"),

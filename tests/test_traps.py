@@ -252,6 +252,25 @@ def test_a_run_is_not_resumed_with_another_network_of_the_same_file(
     assert here == Path.cwd()
 
 
+def test_an_average_and_an_optimizer_beside_the_model_go_through_the_whole_line(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A training checkpoint as it lies on disk: the model, its average, two optimizers, a scheduler, numbers."""
+    made = optimizer(net(1))
+    path = saved({
+        "epoch": 3, "ema": net(2).state_dict(), "optimizer": made.state_dict(), "optimizer_itself": made,
+        "scheduler": torch.optim.lr_scheduler.StepLR(made, 3).state_dict(), "model": net(1).state_dict(),
+    })  # fmt: skip
+    words = ["--arch", f"{FACTORY}:net", "--input-shape", "1,3,16,16", "--force", "-q"]
+    for more, seed in ((), 1), (("--state-key", "ema"), 2):
+        assert main(["convert", str(path), "-o", "out.st", *words, *more]) == 0
+        same(load("out.st", trust=(FACTORY,)), net(seed), *INPUT)
+    capsys.readouterr()
+    assert main(["convert", str(path), "-o", "out.st", *words, "--state-key", "optimizer"]) == 2
+    assert "Networks are under 'ema', 'model'" in capsys.readouterr().err
+    assert here == Path.cwd()
+
+
 def test_several_networks_without_a_known_key_ask_for_one(here: Path) -> None:
     path = saved({"generator": net(1), "discriminator": net(2)})
     with pytest.raises(FileError, match=r"more than one could be the network\. Name one with --state-key"):
@@ -305,6 +324,19 @@ REFUSED: dict[str, tuple[Callable[[], object], type[PadconvertError], tuple[str,
     "an optimizer under its key": (
         lambda: {"optimizer": optimizer(net()).state_dict(), "epoch": 3}, FileError, ("optimizer", "no model"),
     ),
+    "an optimizer itself": (
+        lambda: optimizer(net()), FileError, ("a saved optimizer (AdamW)", "torch.save(model.state_dict(), path)"),
+    ),
+    "an optimizer itself under its key": (
+        lambda: {"optimizer": optimizer(net()), "epoch": 3}, FileError, ("optimizer", "torch.save(model.state_dict()"),
+    ),
+    "optimizers in a list": (lambda: [optimizer(net())], FileError, ("list of optimizers", "model.state_dict()")),
+    "optimizers in a list under their key": (
+        lambda: {"optimizer_states": [optimizer(net()).state_dict()]}, FileError, ("optimizer", "no model"),
+    ),
+    "a scheduler": (
+        lambda: torch.optim.lr_scheduler.StepLR(optimizer(net()), 3), FileError, ("a saved StepLR", "model.state_dict()"),
+    ),
     "a tensor class": (lambda: {"w": torch.ones(2).as_subclass(Packed)}, UnsafeError, ("Packed", "--arch")),
 }  # fmt: skip
 
@@ -331,12 +363,38 @@ def test_what_cannot_be_converted_is_refused_with_what_to_do(name: str, legacy: 
 
 
 def test_a_compiled_module_is_refused_with_what_to_save(here: Path) -> None:
-    """As torch pickles it, the compiler comes along; the name alone says what it is."""
+    """As torch pickles it, the compiler comes along, ten names of it: the message is about the first."""
     from load_attacks import module_file
 
-    module_file(here / "model.pt", "torch._dynamo.eval_frame.OptimizedModule")
-    with pytest.raises(UnsafeError, match=r"below torch\.compile \(model\._orig_mod\)"):
+    inside = b"".join(b"X\x01\x00\x00\x00" + bytes([97 + i]) + b"c" + name.replace(".", "\n").encode() + b"\n"
+                      for i, name in enumerate(["contextlib.nullcontext", "posix.system"]))  # fmt: skip
+    module_file(here / "model.pt", "torch._dynamo.eval_frame.OptimizedModule", inside)
+    with pytest.raises(UnsafeError) as raised:
         open_source(here / "model.pt")
+    assert str(raised.value) == (
+        "model.pt: a module that torch.compile wrapped, which brings the compiler along. "
+        "Save the one below torch.compile: torch.save(model._orig_mod, path), and name that file."
+    ).replace("model.pt", str(here / "model.pt"), 1)
+    assert {name.name for name in examine("model.pt").names if not name.allowed} == {
+        "torch._dynamo.eval_frame.OptimizedModule", "contextlib.nullcontext", "posix.system",
+    }  # fmt: skip
+
+
+def test_a_module_that_torch_compile_really_wrapped(here: Path) -> None:
+    """In a process of its own: the compiler changes torch for good."""
+    code = (
+        "import sys, torch; from torch import nn; from padconvert.__main__ import main\n"
+        "net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))\n"
+        "made = torch.compile(net, backend='eager'); made(torch.ones(1, 4))\n"
+        "torch.save(made, 'compiled.pt'); torch.save(made._orig_mod, 'inside.pt')\n"
+        "assert main(['convert', 'compiled.pt', '-o', 'c.st']) == 6\n"
+        "sys.exit(main(['convert', 'inside.pt', '-o', 'i.st', '-q']))"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Save the one below torch.compile" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert (here / "i.st").exists()
 
 
 def test_torchao_is_refused_with_what_to_do_and_no_advice_to_trust_it(here: Path) -> None:

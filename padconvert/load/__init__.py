@@ -20,7 +20,7 @@ from padconvert.load.exported import load_exported
 from padconvert.load.exported_lift import ExportedModule, build_exported
 from padconvert.load.exported_program import unpacked
 from padconvert.load.factory import architecture_of, build_factory, check_factory_trusted, put_tensors_, without_prefix
-from padconvert.load.names import check_trust
+from padconvert.load.names import check_trust, may_be_trusted
 from padconvert.load.pickled_file import Loaded, load_pickled
 from padconvert.load.safetensors_file import load_safetensors
 from padconvert.load.skeleton import module_from as module_from
@@ -49,6 +49,11 @@ def open_source(
     place = Path(path)
     packages = check_trust(trust)
     architecture = architecture_of(arch, arch_args or {}) if arch else None
+    if arch and not may_be_trusted(arch):
+        raise UsageError(
+            f"--arch {arch}: lies in Python, torch or the script that runs, by which no artefact may name its network. "
+            "Write a function that calls it into a file of your own, and name that one: --arch mynets:make."
+        )
     if arch_args and not arch:
         raise UsageError("--arch-arg needs --arch, the factory that takes it.")
     kind, module, tensors, notes = _load(place, packages, state_key)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from padconvert.allow import inside
 from padconvert.errors import FileError, UnsafeError, UsageError
-from padconvert.load.names import join_working_directory
+from padconvert.load.names import join_working_directory, may_be_trusted
 
 _SEED = 0
 _SHOWN = 4
@@ -198,8 +199,16 @@ def _to_meta_(module: nn.Module, name: str) -> None:
 def check_factory_trusted(architecture: Mapping[str, Any], trust: tuple[str, ...]) -> None:
     """Raises UnsafeError unless the caller trusts the package that the factory lies in."""
     ref = str(architecture.get("ref"))
-    module = ref.partition(":")[0]
-    if not any(module == package or module.startswith(package + ".") for package in trust):
+    module, _, function = ref.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), *function.split("."))):
+        raise FileError(f"its factory is recorded as {ref[:80]!r}, which is no function's name. The file is damaged.")
+    if not may_be_trusted(module):
+        raise UnsafeError(
+            f"the file asks for {ref} to rebuild its network, which is no function of a package of models: no --trust "
+            "allows it. If the file is yours, name the function that builds its network (--arch package.module:factory), "
+            "or load it into a module of your own with into=."
+        )
+    if not inside(module, trust):
         top = module.split(".")[0]
         raise UnsafeError(
             f"the file asks for {ref} to rebuild its network, which is code. If you trust it, add --trust {top} "

@@ -22,7 +22,7 @@ from padconvert.load.nodes import (
     Tree,
     Value,
 )
-from padconvert.load.reductions import Refusal, persistent, rebuilt
+from padconvert.load.reductions import Refusal, persistent, rebuilt, spelled
 
 _SCALARS = frozenset({
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
@@ -288,6 +288,13 @@ class _Machine:
         name = next(lazy, target.cls if isinstance(target, ObjectNode) else None)
         return f": {name.full}; {hint(name.module, name.name)}" if name is not None else ". Save it again"
 
+    def persistent_text(self, argument: object) -> None:
+        try:
+            self.stack.append(spelled(str(argument), self.named))
+        except Refusal as refusal:
+            raise FileError(f"{self.where}: {refusal}.") from None
+        self.persistent_id(None)
+
     def persistent_id(self, _: object) -> None:
         try:
             node = persistent(self.pop())
@@ -348,4 +355,5 @@ _HANDLERS: dict[str, Callable[[_Machine, object], None]] = {
     "NEWOBJ_EX": _Machine.new_object_ex,
     "BUILD": _Machine.build,
     "BINPERSID": _Machine.persistent_id,
+    "PERSID": _Machine.persistent_text,
 }

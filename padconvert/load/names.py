@@ -15,6 +15,7 @@ from padconvert.load.nodes import NameNode
 from padconvert.load.reductions import DATA_NAMES
 
 _SHOWN = 6
+_COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
 
 
 def check_trust(trust: Sequence[str]) -> tuple[str, ...]:
@@ -22,9 +23,15 @@ def check_trust(trust: Sequence[str]) -> tuple[str, ...]:
     for package in trust:
         if not all(part.isidentifier() for part in package.split(".")):
             raise UsageError(f"--trust {package}: not a package's name. Name one as in 'import', like --trust mynets.")
-        if package.split(".")[0] in {*sys.stdlib_module_names, "__main__", "torch"}:
+        if not may_be_trusted(package):
             raise UsageError(f"--trust {package}: not a package of models. Name the package that holds the classes.")
     return tuple(trust)
+
+
+def may_be_trusted(package: str) -> bool:
+    """Whether `--trust` takes a package, or that of a `package.module:function`: Python's own, torch and the script that
+    runs are never packages of models."""
+    return package.partition(":")[0].split(".")[0] not in {*sys.stdlib_module_names, "__main__", "torch"}
 
 
 def acceptable(name: NameNode, trust: tuple[str, ...]) -> bool:
@@ -46,6 +53,11 @@ def refused_names(names: Iterable[NameNode], trust: tuple[str, ...]) -> list[Nam
 def check_names(names: Iterable[NameNode], trust: tuple[str, ...], where: str) -> None:
     """Raises UnsafeError that lists every refused name and the next step."""
     refused = refused_names(names, trust)
+    if any(name.full == _COMPILED for name in refused):
+        raise UnsafeError(
+            f"{where}: a module that torch.compile wrapped, which brings the compiler along. "
+            "Save the one below torch.compile: torch.save(model._orig_mod, path), and name that file."
+        )
     if refused:
         listed = ", ".join(name.full for name in refused[:_SHOWN])
         more = f" and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""

@@ -5,6 +5,7 @@ Each entry reads its arguments as they stand in the pickle. Nothing is called; w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from padconvert.allow import FUNCTIONS
@@ -83,6 +84,29 @@ def persistent(pid: Value) -> Node:
             return _storage(kind, str(key), entries, view)
         case _:
             raise ValueError("a persistent id that torch does not write")
+
+
+# Protocol 0 knows no tuple as a persistent id, so pickle writes Python's own text of it: a storage, or in the legacy
+# format a class with its source. Both are taken apart by one pattern each, and nothing else is read.
+_STORAGE_TEXT = re.compile(
+    r"\('storage', <class '(torch(?:\.[A-Za-z]{1,40}){0,3})\.(\w{1,80})'>, '(\d{1,20})', '[\w:]{1,40}', (\d{1,18})(?:, None)?\)",
+    re.ASCII,
+)
+_CLASS_TEXT = re.compile(r"\('module', <class '((?:\w{1,200}\.){1,40})(\w{1,200})'>, .*\)", re.ASCII | re.DOTALL)
+_RESAVE = "it was saved with pickle protocol 0, in a form that cannot be read; save it again with the default protocol"
+
+
+def spelled(text: str, named: Callable[[str, str], NameNode]) -> SeriesNode:
+    """A persistent id of protocol 0 as the tuple it is the text of; `named` makes the node of a class.
+
+    Raises Refusal for any other text than torch's own.
+    """
+    if found := _STORAGE_TEXT.fullmatch(text):
+        kind = named(found[1], found[2])
+        return SeriesNode(Series.TUPLE, ["storage", kind, found[3], "cpu", int(found[4])])
+    if found := _CLASS_TEXT.fullmatch(text):
+        return SeriesNode(Series.TUPLE, ["module", named(found[1].removesuffix("."), found[2])])
+    raise Refusal(_RESAVE)
 
 
 def _storage(kind: Value, key: str, entries: int, view: Args) -> StorageNode:

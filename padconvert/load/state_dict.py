@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from padconvert.allow import WRAPPERS, hint
+from padconvert.allow import WRAPPERS, hint, unread
 from padconvert.errors import FileError, UnsafeError, UsageError
 from padconvert.load.nodes import ObjectNode, RefusedNode, SeriesNode, TableNode, TensorNode, Value
 
@@ -15,6 +15,7 @@ KEYS = (
     "model_ema", "state_dict_ema", "ema_state_dict", "backbone", "encoder",
 )  # fmt: skip
 _OPTIMIZER = {"param_groups", "state"}
+_MODEL = "Save the model's state dict, torch.save(model.state_dict(), path), and name that file"
 _DEPTH = 3
 
 
@@ -35,6 +36,8 @@ def find_network(root: Value, where: str, key: str | None = None) -> Found:
     if key is not None:
         return _unwrapped(_under(root, where, key))
     match root:
+        case ObjectNode() if not _has_modules(root) and unread(root.cls.module):
+            raise FileError(f"{where}: {_what(root)}.")
         case ObjectNode():
             return _unwrapped(Found(root, "module", ()))
         case TableNode() if _is_state_dict(root):
@@ -50,6 +53,14 @@ def find_network(root: Value, where: str, key: str | None = None) -> Found:
 def _what(root: Value) -> str:
     """What was saved in place of a model, and what to save instead."""
     match root:
+        case ObjectNode() if _is_optimizer(root):
+            return f"a saved optimizer ({root.cls.name}), not a model. {_MODEL}"
+        case SeriesNode(items=items) if any(_is_optimizer(item) for item in items) and not any(
+            map(_has_modules, items)
+        ):
+            return f"a saved {root.kind.value} of optimizers, not a model. {_MODEL}"
+        case ObjectNode():
+            return f"a saved {root.cls.name}, not a model. {_MODEL}"
         case TensorNode():
             return "a single tensor, not a model. Save the model or its state dict"
         case SeriesNode(items=items) if sum(isinstance(item, ObjectNode) for item in items) > 1:
@@ -94,13 +105,13 @@ def _quoted(names: Iterable[str]) -> str:
 
 def _inside(table: TableNode, where: str, path: str, depth: int) -> Found:
     entries = _entries(table)
-    states = [key for key, value in entries.items() if isinstance(value, TableNode) and _is_optimizer(value)]
+    states = [key for key, value in entries.items() if _is_optimizer(value) or _are_optimizers(value)]
     if _is_optimizer(table):
         raise FileError(f"{where}: an optimizer's state, not a model's. Name the file that holds the model.")
     holders = {key: value for key, value in entries.items() if _holds_network(value, depth)}
     named = [key for key in KEYS if key in holders]
     if not holders and states:
-        raise FileError(f"{where}: holds an optimizer's state ({states[0]!r}) and no model. Name the model's file.")
+        raise FileError(f"{where}: holds an optimizer's state ({states[0]!r}) and no model. {_MODEL}.")
     if not named and len(holders) != 1:
         keys = _quoted(list(entries)[:8]) or "nothing"
         which = "more than one could be the network" if holders else "none of them holds a network"
@@ -130,7 +141,7 @@ def _taken(key: str, entries: dict[str, Value], where: str, path: str, depth: in
 
 def _holds_network(value: Value, depth: int) -> bool:
     if isinstance(value, ObjectNode):
-        return value.state is not None and any(key == "_modules" for key, _ in value.state.pairs)
+        return _has_modules(value)
     if not isinstance(value, TableNode) or _is_optimizer(value):
         return False
     if _is_state_dict(value):
@@ -138,8 +149,21 @@ def _holds_network(value: Value, depth: int) -> bool:
     return depth > 1 and any(key in KEYS and _holds_network(inner, depth - 1) for key, inner in value.pairs)
 
 
-def _is_optimizer(table: TableNode) -> bool:
-    return {key for key, _ in table.pairs if isinstance(key, str)} >= _OPTIMIZER
+def _has_modules(value: Value) -> bool:
+    """Whether it is an object with the inside of an nn.Module."""
+    state = value.state if isinstance(value, ObjectNode) else None
+    return state is not None and any(key == "_modules" for key, _ in state.pairs)
+
+
+def _is_optimizer(value: Value) -> bool:
+    """The state of an optimizer, or the optimizer itself, which pickles with the same keys."""
+    table = value.state if isinstance(value, ObjectNode) else value
+    return isinstance(table, TableNode) and {key for key, _ in table.pairs if isinstance(key, str)} >= _OPTIMIZER
+
+
+def _are_optimizers(value: Value) -> bool:
+    """As Lightning keeps them, in a list."""
+    return isinstance(value, SeriesNode) and bool(value.items) and all(_is_optimizer(item) for item in value.items)
 
 
 def _is_state_dict(table: TableNode) -> bool:
