@@ -335,7 +335,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[PadconvertError], tuple[str,
         lambda: {"optimizer_states": [optimizer(net()).state_dict()]}, FileError, ("optimizer", "no model"),
     ),
     "a scheduler": (
-        lambda: torch.optim.lr_scheduler.StepLR(optimizer(net()), 3), FileError, ("a saved StepLR", "model.state_dict()"),
+        lambda: torch.optim.lr_scheduler.StepLR(optimizer(net()), 3), FileError, ("a saved StepLR", "state_dict()"),
     ),
     "a tensor class": (lambda: {"w": torch.ones(2).as_subclass(Packed)}, UnsafeError, ("Packed", "--arch")),
 }  # fmt: skip

@@ -182,12 +182,8 @@ class _Builder:
             self.refuse(f"{name.full} has no place for attributes")
         own = getattr(cls, "__setstate__", None)
         # torch.compile puts its own in place of nn.Module's, for the whole process
-        inherited = own is nn.Module.__setstate__
-        if (
-            own is not None
-            and not inherited
-            and not str(getattr(own, "__module__", "")).startswith("torch.nn.modules.")
-        ):
+        known = own is None or own is nn.Module.__setstate__
+        if not known and not str(getattr(own, "__module__", "")).startswith("torch.nn.modules."):
             self.refuse(f"{name.full} restores itself by its own code (__setstate__), which this reader never runs")
 
     def check_attribute(self, cls: Any, node: ObjectNode, key: str, value: Value) -> None:

@@ -29,8 +29,8 @@ def check_trust(trust: Sequence[str]) -> tuple[str, ...]:
 
 
 def may_be_trusted(package: str) -> bool:
-    """Whether `--trust` takes a package, or that of a `package.module:function`: Python's own, torch and the script that
-    runs are never packages of models."""
+    """Whether `--trust` takes a package, or that of a `package.module:function`. Python's own, torch and the script
+    that runs are never packages of models."""
     return package.partition(":")[0].split(".")[0] not in {*sys.stdlib_module_names, "__main__", "torch"}
 
 

@@ -89,7 +89,8 @@ def persistent(pid: Value) -> Node:
 # Protocol 0 knows no tuple as a persistent id, so pickle writes Python's own text of it: a storage, or in the legacy
 # format a class with its source. Both are taken apart by one pattern each, and nothing else is read.
 _STORAGE_TEXT = re.compile(
-    r"\('storage', <class '(torch(?:\.[A-Za-z]{1,40}){0,3})\.(\w{1,80})'>, '(\d{1,20})', '[\w:]{1,40}', (\d{1,18})(?:, None)?\)",
+    r"\('storage', <class '(torch(?:\.[A-Za-z]{1,40}){0,3})\.(\w{1,80})'>, "
+    r"'(\d{1,20})', '[\w:]{1,40}', (\d{1,18})(?:, None)?\)",
     re.ASCII,
 )
 _CLASS_TEXT = re.compile(r"\('module', <class '((?:\w{1,200}\.){1,40})(\w{1,200})'>, .*\)", re.ASCII | re.DOTALL)

@@ -55,9 +55,7 @@ def _what(root: Value) -> str:
     match root:
         case ObjectNode() if _is_optimizer(root):
             return f"a saved optimizer ({root.cls.name}), not a model. {_MODEL}"
-        case SeriesNode(items=items) if any(_is_optimizer(item) for item in items) and not any(
-            map(_has_modules, items)
-        ):
+        case SeriesNode() if _are_optimizers(root):
             return f"a saved {root.kind.value} of optimizers, not a model. {_MODEL}"
         case ObjectNode():
             return f"a saved {root.cls.name}, not a model. {_MODEL}"
