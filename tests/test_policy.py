@@ -12,6 +12,7 @@ from padconvert.errors import PolicyError, UsageError
 from padconvert.policy import (
     Option,
     Policy,
+    Resolved,
     load_policy,
     name_matcher,
     preset_names,
@@ -24,6 +25,7 @@ from padconvert.policy import (
     starter,
 )
 from padconvert.policy.document import MAX_BYTES
+from padconvert.policy.model import TASKS
 
 
 def write(folder: Path, text: str, name: str = "p.yaml") -> Path:
@@ -49,8 +51,15 @@ def test_presets_say_what_the_design_says() -> None:
     assert (paper.defaults.granularity, paper.partition.scope, paper.partition.score) == ("element", "global", "taylor")
     assert (paper.partition.rounds, paper.train.steps, paper.train.batch_size) == (5, 500, 64)
     assert (paper.train.warmup, paper.train.partitioning, paper.train.lr) == (0.2, 0.5, 0.01)
+    assert (paper.ffn.dynamic_ratio, paper.ffn.num_experts, paper.ffn.top_k) == (Decimal("0.5"), 8, 2)
+    assert (paper.ffn.granularity, paper.ffn.level, paper.ffn.routing) == ("element", "ffn", "token")
+    assert (paper.defaults.top_k, paper.train.balance_weight, paper.train.z_weight) == (0, 0.01, 0.001)
+    assert (paper.data.text_columns, paper.data.max_length, paper.data.task) == ((), 128, None)
     assert load_policy(preset="fast").policy.defaults.granularity == "channel"
-    assert load_policy(preset="small").policy.defaults.dynamic_ratio < paper.defaults.dynamic_ratio
+    assert load_policy(preset="fast").policy.ffn.granularity == "neuron"
+    small = load_policy(preset="small").policy
+    assert small.defaults.dynamic_ratio < paper.defaults.dynamic_ratio
+    assert small.ffn.dynamic_ratio < paper.ffn.dynamic_ratio
     assert load_policy().policy == paper
 
 
@@ -109,6 +118,63 @@ def test_a_ratio_is_the_decimal_that_was_written(tmp_path: Path) -> None:
         assert str(policy.defaults.dynamic_ratio) == "0.1"
 
 
+def said_of_ffn(folder: Path, text: str, *settings: str, preset: str | None = None, working: str = "") -> Resolved:
+    own = write(folder, f"version: 1\n{text}\n")
+    file = write(folder, f"version: 1\n{working}\n", "padconvert.yaml") if working else None
+    return load_policy(own, preset, set_overrides(settings), file)
+
+
+def test_what_a_user_says_of_defaults_reaches_feed_forward_blocks(tmp_path: Path) -> None:
+    resolved = said_of_ffn(tmp_path, "defaults:\n  num_experts: 6\n  granularity: channel", preset="fast")
+    assert (resolved.policy.ffn.num_experts, resolved.policy.ffn.granularity) == (6, "channel")
+    assert resolved.policy.ffn.dynamic_ratio == Decimal("0.5")
+    assert resolved.origins["ffn.num_experts"] == resolved.origins["defaults.num_experts"] == f"{tmp_path}/p.yaml:3"
+    assert resolved.origins["ffn.dynamic_ratio"] == "preset paper"
+    option = load_policy(overrides={"defaults.dynamic_ratio": Option(0.2, "--dynamic-ratio")})
+    assert option.policy.ffn.dynamic_ratio == option.policy.defaults.dynamic_ratio == Decimal("0.2")
+    assert option.origins["ffn.dynamic_ratio"] == "option --dynamic-ratio"
+    assert load_policy(preset="small").origins["ffn.num_experts"] == "preset paper"
+    off = said_of_ffn(tmp_path, "defaults: {convert: false, top_k: 1}")
+    assert (off.policy.ffn.convert, off.policy.ffn.top_k, off.policy.ffn.level) == (False, 1, "ffn")
+
+
+def test_what_the_same_or_a_later_layer_says_of_ffn_itself_stays(tmp_path: Path) -> None:
+    both = "defaults: {dynamic_ratio: 0.2, num_experts: 6}\nffn: {dynamic_ratio: 0.7}"
+    same = said_of_ffn(tmp_path, both)
+    assert (same.policy.ffn.dynamic_ratio, same.policy.ffn.num_experts) == (Decimal("0.7"), 6)
+    assert same.origins["ffn.dynamic_ratio"] == f"{tmp_path}/p.yaml:3"
+    earlier = said_of_ffn(tmp_path, "defaults: {dynamic_ratio: 0.2}", working="ffn: {dynamic_ratio: 0.7}")
+    assert earlier.policy.ffn.dynamic_ratio == Decimal("0.2")
+    later = said_of_ffn(tmp_path, "ffn: {dynamic_ratio: 0.7}", working="defaults: {dynamic_ratio: 0.2}")
+    assert later.policy.ffn.dynamic_ratio == Decimal("0.7")
+    for settings in (["ffn.num_experts=3", "defaults.num_experts=4"], ["defaults.num_experts=4", "ffn.num_experts=3"]):
+        options = said_of_ffn(tmp_path, both, *settings)
+        assert (options.policy.defaults.num_experts, options.policy.ffn.num_experts) == (4, 3)
+        assert options.origins["ffn.num_experts"] == "option --set ffn.num_experts=3"
+    assert said_of_ffn(tmp_path, both, "defaults.num_experts=4").policy.ffn.num_experts == 4
+
+
+def test_a_fault_of_defaults_is_named_once_and_one_of_ffn_too(tmp_path: Path) -> None:
+    assert problems(tmp_path, "version: 1\ndefaults: {num_experts: 1, top_k: 3}\n") == [
+        "p.yaml:2: defaults.num_experts: must be greater than or equal to 2, not 1."
+    ]
+    assert problems(tmp_path, "version: 1\ndefaults: {num_experts: 2, top_k: 3}\n") == [
+        "p.yaml:2: defaults: 'top_k' 3 is more than there are experts: 'num_experts' is 2"
+    ]
+    twice = "version: 1\ndefaults:\n  num_experts: 1\nffn:\n  num_experts: 0\n"
+    assert [line.split(":")[1:3] for line in problems(tmp_path, twice)] == [
+        ["3", " defaults.num_experts"],
+        ["5", " ffn.num_experts"],
+    ]
+
+
+def test_text_is_named_in_a_policy(tmp_path: Path) -> None:
+    policy = load_policy(write(tmp_path, "version: 1\ndata: {text_columns: [a, b], task: glue/mrpc}\n")).policy
+    assert (policy.data.text_columns, policy.data.task) == (("a", "b"), "glue/mrpc")
+    assert {"glue/stsb", "classification", "regression"} < set(TASKS)
+    assert [task for task in TASKS if load_policy(overrides={"data.task": task}).policy.data.task != task] == []
+
+
 def test_set_reaches_into_rules_and_lists(tmp_path: Path) -> None:
     path = write(tmp_path, "version: 1\nrules: [{name: a, convert: true}]\n")
     settings = ["rules[0].dynamic_ratio=0.5", "data.mean=[0.5]", "data.std=[2]", "data.label_column=kind"]
@@ -127,6 +193,8 @@ def test_rendered_policy_reads_back_as_itself(tmp_path: Path) -> None:
     assert load_policy(write(tmp_path, shown, "shown.yaml")).policy == resolved.policy
     assert "lr: 1.0e-05  # option --set train.lr=0.00001" in shown
     assert "granularity: channel  # preset fast" in shown
+    assert "granularity: neuron  # preset fast" in shown
+    assert "level: ffn  # preset paper" in shown
 
 
 def test_starter_changes_nothing_and_its_lines_can_be_uncommented(tmp_path: Path) -> None:
@@ -143,6 +211,13 @@ def test_schema_lists_what_there_is() -> None:
     choice, data = document["$defs"]["Choice"]["properties"], document["$defs"]["Data"]["properties"]
     assert document["required"] == ["version"]
     assert choice["router"]["enum"] == list(router_names())
+    ffn = document["$defs"]["Ffn"]["properties"]
+    assert (choice["top_k"]["minimum"], ffn["level"]["enum"], set(ffn) - set(choice)) == (
+        0,
+        ["ffn", "linear"],
+        {"level"},
+    )
+    assert data["task"]["anyOf"][0]["enum"] == list(TASKS)
     assert document["$defs"]["Partition"]["properties"]["score"]["enum"] == list(score_names())
     assert choice["dynamic_ratio"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 1}
     assert [kind["type"] for kind in data["train"]["anyOf"]] == ["array", "string"]
@@ -217,9 +292,18 @@ dynamic_ratio: 0.2
         ("train: {lr: no}", "train.lr: must be a valid number, not False. YAML reads no as false."),
         ("defaults: {dynamic_ratio: no}", "must be a number from 0 to 1, not False. YAML reads no as false."),
         ("defaults: {dynamic_ratio:}", "defaults.dynamic_ratio: must be a number from 0 to 1, not nothing."),
-        ("bad: 1", "bad: unknown key. There are version, extends, defaults, rules, partition, train, data."),
-        ("data: {task: glue/sst2}", "data.task: glue/sst2 needs a tokenizer, which this version does not have. Leave"),
-        ("data: {text_columns: [a, b]}", "data.text_columns: a, b needs a tokenizer, which this version does not"),
+        ("bad: 1", "bad: unknown key. There are version, extends, defaults, ffn, rules, partition, train, data."),
+        ("data: {task: glue/sst}", "data.task: 'glue/sst' is none of glue/sst2, glue/cola, "),
+        ("data: {task: glue/sst}", "classification, regression. Did you mean 'glue/sst2'?"),
+        ("data: {text_columns: text}", "data.text_columns: must be a list, such as [text]"),
+        ("data: {max_length: 0}", "data.max_length: must be greater than or equal to 1, not 0."),
+        ("ffn: {level: block}", "ffn.level: must be 'ffn' or 'linear', not 'block'."),
+        ("ffn: {levle: ffn}", "ffn.levle: unknown key. Did you mean 'level'?"),
+        ("defaults: {level: ffn}", "defaults.level: unknown key. Did you mean 'ffn.level'?"),
+        ("defaults: {top_k: -1}", "defaults.top_k: must be greater than or equal to 0, not -1."),
+        ("ffn: {top_k: 9}", "ffn: 'top_k' 9 is more than there are experts: 'num_experts' is 8"),
+        ("rules: [{name: a, top_k: 3, num_experts: 2}]", "rules[0]: 'top_k' 3 is more than there are experts"),
+        ("train: {balance_weight: -1}", "train.balance_weight: must be greater than or equal to 0, not -1."),
         (f"extends: {'x' * 5000}", "is neither a preset (fast, paper, small) nor a file beside this one"),
         ("train: {steps: 2.5}", "train.steps: must be a valid integer, not 2.5."),
         ("train: {steps: '12'}", "It is quoted text; write the number without quotes."),

@@ -4,6 +4,7 @@ from padconvert.policy.check import did_you_mean
 from padconvert.policy.model import (
     Choice,
     Data,
+    Ffn,
     Partition,
     Policy,
     Rule,
@@ -31,6 +32,7 @@ __all__ = [
     "WORKING_FILE",
     "Choice",
     "Data",
+    "Ffn",
     "Option",
     "Partition",
     "Policy",

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from padconvert.policy.document import Origin, Path_, Problem, dotted, shortened
-from padconvert.policy.model import Policy, role_names, router_names, score_names
+from padconvert.policy.model import Policy, role_names, router_names, score_names, task_names
 
 _YAML_BOOL = re.compile(r"(?i)(yes|no|on|off|y|n)")
 _EXPONENT = re.compile(r"([-+]?[0-9]+)(\.[0-9]*)?[eE]([-+]?[0-9]+)")
@@ -131,7 +131,8 @@ def _whole(value: object) -> int | None:
 
 
 def _near_name(path: Path_, value: object) -> str:
-    names = {"score": score_names, "router": router_names, "role": role_names}.get(str(path[-1]) if path else "")
+    lists = {"score": score_names, "router": router_names, "role": role_names, "task": task_names}
+    names = lists.get(str(path[-1]) if path else "")
     return did_you_mean(value, list(names())) if names and isinstance(value, str) else ""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -25,10 +25,15 @@ from padconvert.policy.pattern import name_matcher
 from padconvert.words import Role
 
 PACKAGE = Path(__file__).parent.parent
-Texts = TypeVar("Texts", str | None, tuple[str, ...])
 NO_TOKENIZER = (
     "needs a tokenizer, which this version does not have. Leave it out, and give tokenized arrays in an .npz file "
     "with data.input_key: input_ids,attention_mask"
+)
+#: what `data.task` may say: tasks of GLUE by name, or what the labels of one's own text are
+TASKS = (
+    *(f"glue/{name}" for name in ("sst2", "cola", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")),
+    "classification",
+    "regression",
 )
 MAX_COUNT = 10**9  # of steps, samples, pixels: more is a slip of the pen
 MAX_EXPERTS = 10**12  # what memory holds decides; this only keeps the arithmetic within 64 bits
@@ -50,6 +55,10 @@ def router_names() -> tuple[str, ...]:
 
 def role_names() -> tuple[str, ...]:
     return tuple(role.value for role in Role)
+
+
+def task_names() -> tuple[str, ...]:
+    return TASKS
 
 
 def _checked_pattern(pattern: str) -> str:
@@ -82,12 +91,9 @@ def _one_of(names: Callable[[], tuple[str, ...]]) -> Callable[[str], str]:
     return check
 
 
-def _needs_no_tokenizer(value: Texts) -> Texts:
-    """The seam for text: `task` and `text_columns` are keys of format 1, and what they ask for is not there yet."""
-    if value:
-        words = value if isinstance(value, str) else ", ".join(value)
-        raise ValueError(f"{shortened(words)} {NO_TOKENIZER}")
-    return value
+def _check_top_k(top_k: int | None, num_experts: int | None) -> None:
+    if top_k is not None and num_experts is not None and top_k > num_experts:
+        raise ValueError(f"'top_k' {top_k} is more than there are experts: 'num_experts' is {num_experts}")
 
 
 _RATIO_SCHEMA = {"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"type": "string"}]}
@@ -98,13 +104,16 @@ Ratio = Annotated[
     WithJsonSchema(_RATIO_SCHEMA, mode="validation"),
 ]
 Experts = Annotated[int, Field(ge=2, le=MAX_EXPERTS)]
+TopK = Annotated[int, Field(ge=0, le=MAX_EXPERTS)]
 GranularityName = Literal["element", "channel", "neuron"]
 Scales = Literal["both", "none"]
 RoutingName = Literal["token", "sequence"]
+Level = Literal["ffn", "linear"]
 RoleName = Annotated[str, AfterValidator(_one_of(role_names)), Field(json_schema_extra={"enum": list(role_names())})]
 Pattern = Annotated[str, Field(min_length=1), AfterValidator(_checked_pattern)]
 Score = Annotated[str, AfterValidator(_one_of(score_names)), Field(json_schema_extra={"enum": list(score_names())})]
 Router = Annotated[str, AfterValidator(_one_of(router_names)), Field(json_schema_extra={"enum": list(router_names())})]
+Task = Annotated[str, AfterValidator(_one_of(task_names)), Field(json_schema_extra={"enum": list(TASKS)})]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -119,7 +128,7 @@ class Section(BaseModel):
 
 
 class Choice(Section):
-    """How a layer is converted."""
+    """How a layer is converted. Of its experts `top_k` are computed for a token; 0: all of them, mixed."""
 
     convert: bool
     dynamic_ratio: Ratio
@@ -128,10 +137,23 @@ class Choice(Section):
     scales: Scales
     router: Router
     routing: RoutingName
+    top_k: TopK
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> Choice:
+        _check_top_k(self.top_k, self.num_experts)
+        return self
+
+
+class Ffn(Choice):
+    """How a feed-forward block is converted: as a whole with one router (`ffn`), or each linear layer by itself."""
+
+    level: Level
 
 
 class Rule(Section):
-    """Which layers (all of `name`, `type`, `role` that are given must hold), and what differs from the defaults there.
+    """Which layers (all of `name`, `type`, `role` that are given must hold), and what differs there from the defaults
+    (from `ffn` in a feed-forward block).
 
     A rule that matches asks for conversion unless it says `convert: false`.
     """
@@ -147,6 +169,8 @@ class Rule(Section):
     scales: Scales | None = None
     router: Router | None = None
     routing: RoutingName | None = None
+    top_k: TopK | None = None
+    level: Level | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Rule:
@@ -154,11 +178,12 @@ class Rule(Section):
             raise ValueError("a rule needs 'name', 'type' or 'role' to say which layers it is for")
         if not self.overrides():
             raise ValueError("the rule changes nothing; add 'convert' or another setting of 'defaults'")
+        _check_top_k(self.top_k, self.num_experts)
         return self
 
     def overrides(self) -> dict[str, object]:
-        """The settings of `Choice` that the rule gives."""
-        return {key: value for key in Choice.model_fields if (value := getattr(self, key)) is not None}
+        """The settings of `Ffn` that the rule gives."""
+        return {key: value for key in Ffn.model_fields if (value := getattr(self, key)) is not None}
 
 
 class Partition(Section):
@@ -184,6 +209,8 @@ class Train(Section):
     objective: Literal["auto", "task", "distill", "both"]
     distill_weight: NonNegative
     temperature_start: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    balance_weight: NonNegative
+    z_weight: NonNegative
     schedule: Literal["cosine", "constant"]
     compare: bool
 
@@ -205,12 +232,13 @@ class Data(Section):
     std: tuple[Positive, ...]
     augment: tuple[Literal["crop", "flip"], ...]
     size: tuple[Count, Count] | None
-    text_columns: Annotated[tuple[Word, ...], AfterValidator(_needs_no_tokenizer)]
+    text_columns: tuple[Word, ...]
+    max_length: Count
     label_column: Word
     input_key: Word
     label_key: Word
     holdout: BelowOne
-    task: Annotated[Word | None, AfterValidator(_needs_no_tokenizer)]
+    task: Task | None
 
     @model_validator(mode="after")
     def _as_many(self) -> Data:
@@ -225,6 +253,7 @@ class Policy(Section):
     version: Literal[1]
     extends: str
     defaults: Choice
+    ffn: Ffn
     rules: tuple[Rule, ...]
     partition: Partition
     train: Train

@@ -23,7 +23,8 @@ from padconvert.policy.document import (
     read_text,
     shortened,
 )
-from padconvert.policy.model import PACKAGE, Policy
+from padconvert.policy.layering import child, forget, merge, no_place, plain, split
+from padconvert.policy.model import PACKAGE, Choice, Policy
 
 DEFAULT_PRESET = "paper"
 WORKING_FILE = "padconvert.yaml"
@@ -31,8 +32,9 @@ _OPTION_RANK = 1_000
 _DATA_PLACES = {"train", "eval"}
 _CODE_KEYS = {"arch", "arch_args", "arch_arg", "trust"}
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_DEFAULTS: Path_ = ("defaults",)
+_FFN: Path_ = ("ffn",)
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
-_PATH_PART = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +120,9 @@ def load_policy(
         raise UsageError(f"--preset {preset}: {file} already extends {own[1]!r}; drop one of the two")
     base = own[1] or preset or working[1] or DEFAULT_PRESET
     stack = _Stack(base, _said_by(base, own, preset, working))
-    for rank, document in enumerate([*_preset_chain(base), *working[0], *own[0]]):
-        stack.add(document, rank)
+    presets = _preset_chain(base)
+    for rank, document in enumerate([*presets, *working[0], *own[0]]):
+        stack.add(document if rank < len(presets) else _reaching_ffn(document), rank)
     stack.apply(overrides or {})
     problems += stack.problems
     problems += stack.optimizer_without_rate()
@@ -239,6 +242,18 @@ def _code_problems(document: Document) -> list[Problem]:
     return [Problem(document.origins[path], path, text) for path, text in found]
 
 
+def _reaching_ffn(document: Document) -> Document:
+    """What a user's file says of `defaults` it says of `ffn` too, where it says nothing of its own there."""
+    defaults, ffn = document.values.get("defaults"), document.values.get("ffn", {})
+    if isinstance(defaults, dict) and isinstance(ffn, dict):
+        for key in [key for key in defaults if key in Choice.model_fields and key not in ffn]:
+            ffn[key] = plain(defaults[key])
+            document.origins[("ffn", key)] = document.origins[("defaults", key)]
+        if ffn:
+            document.values["ffn"] = ffn
+    return document
+
+
 def _strings(value: object, path: Path_) -> list[tuple[Path_, str]]:
     if isinstance(value, list):
         return [((*path, index), item) for index, item in enumerate(value) if isinstance(item, str)]
@@ -256,12 +271,18 @@ class _Stack:
         self.optimizers: dict[int, object] = {}
 
     def add(self, document: Document, rank: int) -> None:
-        _merge(self.values, document.values, (), self.origins, document.origins, rank)
+        merge(self.values, document.values, (), self.origins, document.origins, rank)
         self._check(rank)
 
     def _check(self, rank: int) -> None:
         self.policy, found = check(self.values, self.origins)
-        self.problems += found
+        # what 'defaults' said of 'ffn' too is wrong once
+        said = {(problem.origin, problem.path[1:], problem.text) for problem in found if problem.path[:1] == _DEFAULTS}
+        self.problems += [
+            problem
+            for problem in found
+            if problem.path[:1] != _FFN or (problem.origin, problem.path[1:], problem.text) not in said
+        ]
         train = self.values.get("train")
         self.optimizers[rank] = train.get("optimizer") if isinstance(train, dict) else None
 
@@ -269,7 +290,7 @@ class _Stack:
         for key, given in overrides.items():
             option = given if isinstance(given, Option) else Option(given, shortened(f"--set {key}={given}"))
             origin = Origin(f"option {option.flag}", _OPTION_RANK)
-            path = _split(key)
+            path = split(key)
             value = option.value
             found: list[Problem] = []
             if isinstance(value, _YamlText):
@@ -279,23 +300,35 @@ class _Stack:
                 except PolicyError as error:
                     found = [Problem(origin, path, str(error).removeprefix(f"{origin.where}: "))]
             self.problems += found or self._set(path, value, origin)
+        self._reach_ffn({split(key) for key in overrides})
         self._check(_OPTION_RANK)
+
+    def _reach_ffn(self, said: set[Path_]) -> None:
+        """What the options say of `defaults` they say of `ffn` too, where they say nothing of their own there."""
+        defaults, ffn = self.values.get("defaults"), self.values.get("ffn")
+        if not isinstance(defaults, dict) or not isinstance(ffn, dict) or _FFN in said:
+            return
+        for key in Choice.model_fields:
+            origin = self.origins.get(("defaults", key), self.origins.get(_DEFAULTS))
+            if key in defaults and origin and origin.rank == _OPTION_RANK and (*_FFN, key) not in said:
+                ffn[key] = plain(defaults[key])
+                self.origins[(*_FFN, key)] = origin
 
     def _set(self, path: Path_, value: object, origin: Origin) -> list[Problem]:
         if path in (("extends",), ("version",)):
             return [Problem(origin, path, "cannot be set here; use --preset or a policy file")]
         place: object = self.values
         for part in path[:-1]:
-            inner = _child(place, part)
+            inner = child(place, part)
             if inner is None:
-                return [Problem(origin, path, _no_place(part, place))]
+                return [Problem(origin, path, no_place(part, place))]
             place = inner
         last = path[-1]
         is_key = isinstance(place, dict) and isinstance(last, str)
-        if not is_key and (not isinstance(place, list) or _child(place, last) is None):
-            return [Problem(origin, path, _no_place(last, place))]
-        place[last] = _plain(value)  # type: ignore[index]
-        _forget(self.origins, path)
+        if not is_key and (not isinstance(place, list) or child(place, last) is None):
+            return [Problem(origin, path, no_place(last, place))]
+        place[last] = plain(value)  # type: ignore[index]
+        forget(self.origins, path)
         self.origins[path] = origin
         return []
 
@@ -320,56 +353,3 @@ class _Stack:
                 if rule.dynamic_ratio is not None
             ]
         return notes
-
-
-def _merge(
-    into: dict[str, object],
-    values: Mapping[str, object],
-    path: Path_,
-    origins: dict[Path_, Origin],
-    new: Mapping[Path_, Origin],
-    rank: int,
-) -> None:
-    """Mappings merge key by key; anything else, lists too, replaces what was there."""
-    for key, value in values.items():
-        here = (*path, key)
-        below = into.get(key)
-        if isinstance(value, dict) and isinstance(below, dict):
-            _merge(below, value, here, origins, new, rank)
-            continue
-        into[key] = _plain(value)
-        _forget(origins, here)
-        origins.update(
-            {where: replace(origin, rank=rank) for where, origin in new.items() if where[: len(here)] == here}
-        )
-
-
-def _plain(value: object) -> object:
-    """A copy that later layers may write into."""
-    if isinstance(value, Mapping):
-        return {key: _plain(child) for key, child in value.items()}
-    return [_plain(child) for child in value] if isinstance(value, (list, tuple)) else value
-
-
-def _forget(origins: dict[Path_, Origin], path: Path_) -> None:
-    for key in [key for key in origins if key[: len(path)] == path]:
-        del origins[key]
-
-
-def _split(key: str) -> Path_:
-    """`rules[0].name` as `("rules", 0, "name")`; what cannot be split stays one (unknown) key."""
-    parts = [int(index) if index else name for name, index in _PATH_PART.findall(key)]
-    return tuple(parts) if dotted(tuple(parts)) == key else (key,)
-
-
-def _child(place: object, part: str | int) -> object:
-    if isinstance(place, dict) and isinstance(part, str):
-        return place.get(part)
-    return place[part] if isinstance(place, list) and isinstance(part, int) and part < len(place) else None
-
-
-def _no_place(part: str | int, place: object) -> str:
-    if isinstance(place, list):
-        return f"there is no [{part}]: the list has {len(place)} entries"
-    words = list(place) if isinstance(place, dict) else []
-    return f"there is no {part!r} to set.{did_you_mean(str(part), words)}"
