@@ -17,11 +17,16 @@ POLICY_KEYS = {
     "granularity": "defaults.granularity",
     "data": "data.train",
     "eval_data": "data.eval",
+    "text_columns": "data.text_columns",
     "label_column": "data.label_column",
+    "task": "data.task",
     "steps": "train.steps",
     "batch_size": "train.batch_size",
     "lr": "train.lr",
 }
+
+#: where an option is not called as its field: it is said once for each item
+_FLAGS = {"text_columns": "--text-column"}
 
 #: seeds are multiplied and added to on their way to torch's generators, which take 64 bits
 MAX_SEED = 2**32 - 1
@@ -54,7 +59,9 @@ class ConvertOptions:
     # data and training
     data: tuple[str, ...] = ()
     eval_data: tuple[str, ...] = ()
+    text_columns: tuple[str, ...] = ()
     label_column: str | None = None
+    task: str | None = None
     steps: int | None = None
     batch_size: int | None = None
     lr: float | None = None
@@ -66,6 +73,7 @@ class ConvertOptions:
     plan: Path | None = None
     plan_out: Path | None = None
     work_dir: Path | None = None
+    max_shard_size: int | None = None  # bytes; a larger artefact is written in several files
     # bounds; sizes are bytes, the accuracy is a fraction
     max_accuracy_drop: float | None = None
     max_size: int | None = None
@@ -76,6 +84,8 @@ class ConvertOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= MAX_SEED:
             raise UsageError(f"--seed {self.seed}: take a whole number from 0 to {MAX_SEED}.")
+        if self.max_shard_size is not None and self.max_shard_size < 1:
+            raise UsageError(f"--max-shard-size {self.max_shard_size}: take a size of at least one byte")
         check_bounds(self.max_accuracy_drop, self.max_size, self.max_memory, self.require_layers)
 
     def overrides(self) -> dict[str, object]:
@@ -88,7 +98,7 @@ class ConvertOptions:
             value = getattr(self, name)
             if value is not None and value != ():
                 plain = list(value) if isinstance(value, tuple) else value
-                said[key] = Option(plain, "--" + name.replace("_", "-"))
+                said[key] = Option(plain, _FLAGS.get(name, "--" + name.replace("_", "-")))
         return said
 
     def resolve_policy(self) -> Resolved:

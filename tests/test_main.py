@@ -22,7 +22,8 @@ from padconvert.options import POLICY_KEYS, ConvertOptions
 # Options are a promise: one may be added here, none may go.
 OPTIONS = {
     "convert": "--output -o --dynamic-ratio --experts --granularity --policy --preset --set --plan --arch --arch-arg "
-    "--input-shape --trust --state-key --data --eval-data --label-column --steps --batch-size --lr --compare "
+    "--input-shape --trust --state-key --data --eval-data --text-column --label-column --task --steps --batch-size "
+    "--lr --compare --max-shard-size "
     "--work-dir --seed --device --dry-run --plan-out --force --json --report --quiet -q --max-accuracy-drop --max-size "
     "--max-memory --require-layers --strict",
     "inspect": "--policy --preset --set --arch --arch-arg --input-shape --trust --state-key --audit --json",
@@ -191,7 +192,8 @@ def test_words_that_are_parsed_here() -> None:
 def test_short_options_reach_the_policy_and_win_over_set(name: str) -> None:
     values = {
         "dynamic_ratio": 0.25, "experts": 3, "granularity": "channel", "data": ("a.npz",), "eval_data": ("b.npz",),
-        "label_column": "mine", "steps": 7, "batch_size": 5, "lr": 0.125,
+        "text_columns": ("a", "b"), "label_column": "mine", "task": "glue/mrpc",
+        "steps": 7, "batch_size": 5, "lr": 0.125,
     }  # fmt: skip
     value, key = values[name], POLICY_KEYS[name]
     options = ConvertOptions(sets=(f"{key}=",), **{name: value})  # type: ignore[arg-type]
@@ -199,6 +201,17 @@ def test_short_options_reach_the_policy_and_win_over_set(name: str) -> None:
     for part in key.split("."):
         found = getattr(found, part)
     assert float(found) == value if isinstance(value, float) else found == value  # type: ignore[arg-type]
+
+
+def test_the_option_of_a_list_is_named_as_it_is_said() -> None:
+    origins = ConvertOptions(text_columns=("a",)).resolve_policy().origins
+    assert origins["data.text_columns"] == "option --text-column"
+
+
+def test_a_shard_has_a_size() -> None:
+    assert ConvertOptions(max_shard_size=1).max_shard_size == 1
+    with pytest.raises(UsageError, match="--max-shard-size 0: take a size of at least one byte"):
+        ConvertOptions(max_shard_size=0)
 
 
 def test_doctor_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,6 +52,23 @@ StateKey = Annotated[
         rich_help_panel=READING,
     ),
 ]
+TextColumn = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text-column",
+        metavar="NAME",
+        help="A column of text. Repeatable: two for pairs of sentences.",
+        rich_help_panel=TRAINING,
+    ),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TASK",
+        help="glue/sst2 and others, classification or regression: columns, classes and metric.",
+        rich_help_panel=TRAINING,
+    ),
+]
 LabelColumn = Annotated[
     str | None, typer.Option(metavar="NAME", help="The column that holds the labels.", rich_help_panel=TRAINING)
 ]
@@ -98,8 +115,8 @@ Experts = Annotated[
 Granularity = Annotated[
     str | None,
     typer.Option(
-        metavar="element|channel",
-        help="Choose single weights, as the paper does, or whole filters.",
+        metavar="element|channel|neuron",
+        help="Choose single weights, as the paper does, whole filters, or an FFN's whole hidden units.",
         rich_help_panel=POLICY,
     ),
 ]
@@ -149,6 +166,12 @@ Json = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="No progress bar.", rich_help_panel=OUTPUT)]
+MaxShardSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="Write a larger artefact in several files, as in 2GB, 500MiB.", rich_help_panel=OUTPUT
+    ),
+]
 MaxAccuracyDrop = Annotated[
     float | None,
     typer.Option(
