@@ -7,7 +7,7 @@ Nothing here needs a tensor's values, so a file is refused before anything is al
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from padconvert.checkpoint.header import Header, quote
 from padconvert.checkpoint.manifest import LayerEntry, Manifest
@@ -169,10 +169,14 @@ def _check_layer(entry: LayerEntry, header: Header) -> None:
 def _check_inside(manifest: Manifest, header: Header) -> None:
     """Under a dynamic layer's name nothing may stand that the layer does not know."""
     known = all_expected(manifest).keys() | set(manifest.extra_tensors)
+    standing_in = placeholders(manifest.layers)
     layers = {entry.name for entry in manifest.layers}
     for name in (*header.tensors, *manifest.aliases):
         parts = name.split(".")
         owners = [owner for n in range(len(parts)) if (owner := ".".join(parts[:n])) in layers]
+        slot = header.tensors.get(name)
+        if slot is not None and standing_in.get(name) == (slot.dtype, slot.shape):
+            continue
         if owners and name not in known:
             raise FileError(f"tensor {quote(name)} is unexpected in the dynamic layer {quote(owners[0])}.")
 
@@ -188,3 +192,9 @@ def _check_listed(manifest: Manifest, header: Header) -> None:
 def all_expected(manifest: Manifest) -> Mapping[str, Spec]:
     """`expected_tensors` of all layers."""
     return {name: spec for entry in manifest.layers for name, spec in expected_tensors(entry).items()}
+
+
+def placeholders(entries: Iterable[LayerEntry]) -> dict[str, Spec]:
+    """`p.weight` of shape [0] for each converted layer p, which a file may hold. A reader that does not know these
+    layers and looks for a weight there finds one of a wrong shape, and cannot go on with one that it made up."""
+    return {join(entry.name, "weight"): (entry.facts.dtype, (0,)) for entry in entries}
