@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from padconvert.layers.build import build_static
+from padconvert.layers.build import build_static, is_transposed
+from padconvert.layers.ffn import PadLinearMember
 from padconvert.layers.pad import PadLayer
 from padconvert.rewrite import names_of, pad_layers, swap_
 
@@ -26,8 +27,11 @@ def fold_(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def fold_layer_(layer: PadLayer) -> nn.Module:
-    """Fold one layer in place; returns it, or the plain layer that computes the same if nothing in it is dynamic."""
-    if not layer.is_dynamic:
+    """Fold one layer in place; returns it, or the plain layer that computes the same if nothing in it is dynamic.
+
+    A member of a feed-forward block becomes plain with its block only: its output is widened for the others.
+    """
+    if not any(each.is_dynamic for each in (layer.block.members if isinstance(layer, PadLinearMember) else [layer])):
         return plain_layer(layer)
     static_scale, dynamic_scale = layer.scales()
     for part in layer.parts:
@@ -36,7 +40,8 @@ def fold_layer_(layer: PadLayer) -> nn.Module:
             if stored is not None:
                 stored.copy_(stored.to(layer.mixing_dtype) * scale)
     layer.scale_logit = None
-    layer.router.fold_()
+    if layer.router is not None:
+        layer.router.fold_()
     return layer
 
 
@@ -46,7 +51,7 @@ def plain_layer(layer: PadLayer) -> nn.Module:
     all experts are equal."""
     plain = build_static(layer.facts(), layer.weight.device)
     for part in layer.parts:
-        target = getattr(plain, part)
-        target.copy_(layer.expert_tensors(part)[0])
+        target, value = getattr(plain, part), layer.expert_tensors(part)[0]
+        target.copy_(value.T if part == "weight" and is_transposed(plain) else value)
         target.requires_grad_(layer.is_trainable(part))
     return plain.train(layer.training)

@@ -15,6 +15,7 @@ from padconvert.checkpoint.layout import all_expected
 from padconvert.checkpoint.manifest import LayerEntry, Manifest
 from padconvert.checkpoint.read import is_artefact, read_checkpoint
 from padconvert.errors import NothingEligibleError
+from padconvert.layers.packed import UnitView
 from padconvert.load import Source, open_source
 from padconvert.options import ConvertOptions
 from padconvert.plan import ITEMSIZE, Plan, TensorSizes, make_plan
@@ -22,7 +23,7 @@ from padconvert.plan.decide import STATIC_ROLES
 from padconvert.results import Holdings, Inspection, LayerResult
 from padconvert.walk import LayerInfo, walk
 from padconvert.walk.probe import find_probe
-from padconvert.words import Granularity, Kind, Reason, Verdict
+from padconvert.words import Kind, Reason, Verdict
 
 #: by the rank of a weight: what a tensor without its architecture most likely is
 RANKS = {2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}
@@ -258,5 +259,4 @@ def _dense(entry: LayerEntry) -> int:
 
 def _dynamic_entries(entry: LayerEntry) -> int:
     facts = entry.facts
-    by_row = facts.granularity is Granularity.CHANNEL
-    return facts.n_dynamic * (math.prod(facts.weight_shape[1:]) if by_row else 1)
+    return facts.n_dynamic * UnitView(facts.weight_shape, facts.granularity, facts.unit_dim).size

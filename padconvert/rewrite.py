@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import nn
 
 from padconvert.errors import PolicyError
-from padconvert.layers.build import upcycle
+from padconvert.layers.build import Static, is_transposed, upcycle, weight_of
+from padconvert.layers.ffn import join_groups_
 from padconvert.layers.pad import PadLayer
 from padconvert.plan import LayerPlan, Plan
-from padconvert.words import Verdict
+from padconvert.words import Place, Verdict
 
 
 def rewrite_(model: nn.Module, plan: Plan) -> dict[str, PadLayer]:
@@ -24,6 +26,7 @@ def rewrite_(model: nn.Module, plan: Plan) -> dict[str, PadLayer]:
     built = {entry.info.name: _replacement(model, entry, plan.seed, index) for index, entry in converted}
     names = {name: alias for _, entry in converted for name, alias in _all_names(entry)}
     swap_(model, {name: built[primary] for name, primary in names.items()})
+    join_groups_(model)
     return built
 
 
@@ -42,12 +45,15 @@ def _replacement(model: nn.Module, entry: LayerPlan, seed: int, index: int) -> P
         router=choice.router,
         routing=choice.routing,
         learned_scales=choice.scales == "both",
+        top_k=choice.top_k,
+        group=choice.group,
+        place=entry.info.place if choice.group else Place.ALONE,
         # a layer's router depends on its place alone, not on which other layers are converted
         generator=torch.Generator().manual_seed(seed * 1_000_003 + index),
     )
 
 
-def _planned_layer(model: nn.Module, entry: LayerPlan) -> nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear:
+def _planned_layer(model: nn.Module, entry: LayerPlan) -> Static:
     """The layer that the plan means. Raises PolicyError where the model has another one, or none, in its place."""
     name = entry.info.name
     found = dict(model.named_modules(remove_duplicate=False)).get(name)
@@ -55,14 +61,13 @@ def _planned_layer(model: nn.Module, entry: LayerPlan) -> nn.Conv1d | nn.Conv2d 
         raise PolicyError(
             f"layer '{name}' is dynamic already; rewrite_ takes the static model that the plan was made for."
         )
-    if not isinstance(found, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)) or (
-        tuple(found.weight.shape) != entry.info.weight_shape
-    ):
+    known = isinstance(found, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)) or (found and is_transposed(found))
+    if not known or tuple(weight_of(cast(Static, found)).shape) != entry.info.weight_shape:
         what = "no such layer" if found is None else f"another one there ({type(found).__name__})"
         raise PolicyError(
             f"layer '{name}': the model has {what}; make a plan of this model with padconvert.plan(model)."
         )
-    return found
+    return cast(Static, found)
 
 
 def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:

@@ -144,7 +144,7 @@ def true_changes(pad: PadLayer, x: Tensor, target: Tensor, mean: Tensor) -> list
     return changes
 
 
-@pytest.mark.parametrize("granularity", list(Granularity))
+@pytest.mark.parametrize("granularity", [Granularity.ELEMENT, Granularity.CHANNEL])
 def test_taylor_ranks_as_the_true_loss_change(granularity: Granularity) -> None:
     pad, x, target = trained_layer(granularity)
     score, mean = scores_of(pad, x, target, "taylor")

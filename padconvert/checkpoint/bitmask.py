@@ -49,7 +49,7 @@ class PlacementChecks:
         self._rows: dict[str, int] = {}
         for entry in manifest.layers:
             facts = entry.facts
-            if facts.granularity is Granularity.CHANNEL:
+            if facts.granularity is not Granularity.ELEMENT:
                 self._rows[join(entry.name, "dynamic_index")] = facts.weight_shape[0]
                 continue
             numel = math.prod(facts.weight_shape)

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from padconvert.errors import VerificationError
+from padconvert.finetune.balance import balancing_loss
 from padconvert.finetune.data.batches import Batches
 from padconvert.finetune.data.examples import Batch
 from padconvert.finetune.interrupts import Deferred
 from padconvert.finetune.objectives import Objective, dtype_of, forward
 from padconvert.finetune.optimizer import follow_, make_optimizer, set_lr_
 from padconvert.finetune.phases import Phases
+from padconvert.layers.collecting import collecting
 from padconvert.partition import Partitioner
 from padconvert.partition.scores import Need
 from padconvert.policy import Policy
@@ -106,11 +108,15 @@ def _step_(run: Run, setting: Setting) -> float:
     train = setting.policy.train
     torch.manual_seed(setting.seed * SEED_STRIDE + run.step)
     for layer in pad_layers(run.model).values():
-        layer.router.anneal_(run.phases.warmed(run.step), train.temperature_start)
+        if layer.router is not None:
+            layer.router.anneal_(run.phases.warmed(run.step), train.temperature_start)
     set_lr_(run.optimizer, train.lr * run.phases.lr_factor(run.step))
     clean, augmented = (_moved(batch, run.model, setting.device) for batch in setting.batches.pair(run.step))
     generator = torch.Generator().manual_seed(setting.seed * SEED_STRIDE + run.step)
-    loss = setting.objective.loss(run.model, setting.teacher, clean, augmented, generator)
+    with collecting() as notes:
+        loss = setting.objective.loss(run.model, setting.teacher, clean, augmented, generator)
+    balancing = balancing_loss(notes, train)
+    loss = loss if balancing is None else loss + balancing
     if not bool(torch.isfinite(loss)):
         raise VerificationError(_blame(run, clean))
     run.optimizer.zero_grad(set_to_none=True)

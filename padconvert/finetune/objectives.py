@@ -18,6 +18,7 @@ from torch.nn import functional
 from padconvert.errors import FileError, PolicyError
 from padconvert.finetune.data.examples import Batch
 from padconvert.finetune.data.labels import IGNORED, check_labels
+from padconvert.layers.padding import attending
 from padconvert.walk.probe import flat_outputs
 
 NOTHING_TO_LEARN = (
@@ -95,8 +96,12 @@ class Objective:
 
 
 def forward(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> Any:
-    """The model's output: one tensor is its first argument, several are keywords."""
-    return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
+    """The model's output: one tensor is its first argument, several are keywords. An `attention_mask` among them tells
+    the layers that route what is padding."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    with attending(inputs.get("attention_mask")):
+        return model(**inputs)
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

@@ -35,7 +35,7 @@ def make_optimizer(model: nn.Module, train: OptimizerPolicy) -> torch.optim.Opti
     A parameter that the source had frozen stays frozen; `what: converted` trains the converted layers alone.
     """
     layers = list(pad_layers(model).values())
-    routers = _unique([p for layer in layers for p in layer.router.parameters()])
+    routers = _unique([p for layer in layers if layer.router is not None for p in layer.router.parameters()])
     scales = [layer.scale_logit for layer in layers if layer.scale_logit is not None]
     apart = {id(p) for p in [*routers, *scales]}
     pool: Sequence[nn.Module] = layers if train.what == "converted" else [model]

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from padconvert.layers.pad import PadLayer
+from padconvert.layers.padding import real_tokens
 from padconvert.walk.quiet import evaluating
 
 #: pooled inputs kept for one layer; k-means gains nothing from more
@@ -23,8 +24,8 @@ def set_routers_(
     All layers see the source's own activations, since upcycling has kept the function. A layer that saw nothing,
     or less than one point an expert, keeps its seeded random router.
     """
-    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
-    hooks = [layer.register_forward_pre_hook(_watch(seen[name])) for name, layer in layers.items()]
+    seen: dict[str, list[Tensor]] = {name: [] for name, layer in layers.items() if layer.router is not None}
+    hooks = [layers[name].register_forward_pre_hook(_watch(points)) for name, points in seen.items()]
     try:
         with evaluating(model), torch.no_grad():
             for forward in forwards:
@@ -33,21 +34,21 @@ def set_routers_(
         for hook in hooks:
             hook.remove()
     for index, (name, layer) in enumerate(layers.items()):
-        points_NC = torch.cat(seen[name])[:MOST_POINTS] if seen[name] else torch.empty(0)
-        if len(points_NC) >= layer.num_experts:
+        points_NC = torch.cat(seen[name])[:MOST_POINTS] if seen.get(name) else torch.empty(0)
+        if layer.router is not None and len(points_NC) >= layer.num_experts:
             generator = Generator().manual_seed(seed * 1_000_003 + index)
             layer.router.initialise_(points_NC, generator)
 
 
 def _watch(seen: list[Tensor]) -> Callable[[nn.Module, Any], None]:
-    """A hook that keeps the pooled inputs of a layer, evenly thinned where there are many tokens."""
+    """A hook that keeps the pooled inputs of a layer, evenly thinned where there are many tokens; no padding."""
 
     def keep(module: nn.Module, args: Any) -> None:
         assert isinstance(module, PadLayer)
         if sum(len(points) for points in seen) >= MOST_POINTS:
             return
         x = args[0].detach().to(module.mixing_dtype)
-        points_NC = module.pooled(x).reshape(-1, module.router_channels)
+        points_NC = real_tokens(module.pooled(x))
         seen.append(points_NC[:: max(1, len(points_NC) // (MOST_POINTS // 4))].float().cpu())
 
     return keep

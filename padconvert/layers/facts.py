@@ -17,8 +17,8 @@ class LayerFacts:
     `n_dynamic` counts units: entries for `element`, rows for `channel`, hidden units for `neuron`. `n_bias_dynamic`
     counts bias entries (for `channel` and `neuron` it equals `n_dynamic`, since the bias goes with its row; 0 without a
     bias, and for the `neuron` bias of an FFN's last layer, which is static).
-    `top_k` of the experts are computed for a token (or sequence), 0 means all of them, mixed. Members of an FFN name its
-    first member as their `group`; that one has the group's router, and with `neuron` its `dynamic_index`.
+    `top_k` of the experts are computed for a token (or sequence), 0 means all of them, mixed. Members of an FFN name
+    its first member as their `group`; that one has the group's router, and with `neuron` its `dynamic_index`.
     `transposed`: the source stores the weight as [in, out] (transformers' Conv1D); `weight_shape` is [out, in] always.
     Convolutions carry `stride`, `padding` (numbers, or "same"/"valid"), `dilation`, `groups`, `padding_mode`.
     """

@@ -1,11 +1,14 @@
-"""`PadLinear`: a partially dynamic linear layer, routed per token or per sample."""
+"""`PadLinear`: a partially dynamic linear layer, routed per token or per sequence."""
 
 from __future__ import annotations
+
+import dataclasses
 
 from torch import Tensor
 
 from padconvert.layers.facts import LayerFacts
 from padconvert.layers.pad import PadLayer
+from padconvert.layers.padding import sequence_mean
 from padconvert.layers.paths import project
 from padconvert.words import Routing
 
@@ -16,17 +19,23 @@ class PadLinear(PadLayer):
     def _copy_call_options(self, facts: LayerFacts) -> None:
         # parents read these
         self.out_features, self.in_features = facts.weight_shape
+        self.transposed = facts.transposed
+        if facts.transposed:
+            self.nf, self.nx = facts.weight_shape
 
     @property
     def router_channels(self) -> int:
         return self.in_features
 
     def pooled(self, x: Tensor) -> Tensor:
-        """`token`: the tokens themselves [..., C]. `sequence`: the mean over all but the first dimension, [B, C]."""
+        """`token`: the tokens themselves [..., C]. `sequence`: the mean over all real positions, [B, C]."""
         if self.routing is Routing.TOKEN or x.dim() <= 2:
             return x
-        return x.flatten(1, -2).mean(1)
+        return sequence_mean(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] → [..., O]."""
         return project(self, x)
+
+    def facts(self) -> LayerFacts:
+        return dataclasses.replace(super().facts(), transposed=self.transposed)

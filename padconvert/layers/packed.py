@@ -1,6 +1,7 @@
 """Packed storage of one partially dynamic tensor (a weight or a bias), and how it is taken apart and put together.
 
-A tensor is seen as units: [U, size], where a unit is an entry (`element`, size 1) or a row (`channel`). Static
+A tensor is seen as units: [U, size], where a unit is an entry (`element`, size 1), a row (`channel`), or what belongs
+to a hidden unit of a feed-forward block (`neuron`: a row, or a column of the block's last weight). Static
 units are stored once, dynamic units K times, both in ascending order of their index:
 
     static  [N, S]        dynamic  [K, D, S]        dynamic_mask  [U], True where dynamic
@@ -21,35 +22,63 @@ from padconvert.words import Granularity
 
 @dataclass(frozen=True, slots=True)
 class UnitView:
-    """How a tensor of `shape` is cut into units."""
+    """How a tensor of `shape` is cut into units: entries, or slices along `dim` (rows; columns of a matrix for 1)."""
 
     shape: tuple[int, ...]
     granularity: Granularity
+    dim: int = 0
+
+    @property
+    def by_entry(self) -> bool:
+        return self.granularity is Granularity.ELEMENT
 
     @property
     def units(self) -> int:
-        return math.prod(self.shape) if self.granularity is Granularity.ELEMENT else self.shape[0]
+        return math.prod(self.shape) if self.by_entry else self.shape[self.dim]
 
     @property
     def size(self) -> int:
-        return 1 if self.granularity is Granularity.ELEMENT else math.prod(self.shape[1:])
+        return 1 if self.by_entry else math.prod(self.shape) // self.shape[self.dim]
+
+    def packed_shape(self, n: int) -> tuple[int, ...]:
+        """The shape of `n` units as a checkpoint stores them: [n], or `shape` with n along `dim`."""
+        return (n,) if self.by_entry else (*self.shape[: self.dim], n, *self.shape[self.dim + 1 :])
 
     @property
-    def unit_shape(self) -> tuple[int, ...]:
-        """The trailing dimensions of a packed tensor: () for entries, the row's shape for rows."""
-        return () if self.granularity is Granularity.ELEMENT else self.shape[1:]
+    def packed_dim(self) -> int:
+        """Along which dimension units lie in a packed tensor (without its experts)."""
+        return 0 if self.by_entry else self.dim
 
     def cut_full(self, tensor: Tensor) -> Tensor:
         """[..., *shape] → [..., U, S]."""
-        return tensor.reshape(*tensor.shape[: tensor.dim() - len(self.shape)], self.units, self.size)
+        lead = tensor.shape[: tensor.dim() - len(self.shape)]
+        return self._units_first(tensor, len(lead)).reshape(*lead, self.units, self.size)
+
+    def as_full(self, tensor: Tensor) -> Tensor:
+        """[..., U, S] → [..., *shape]."""
+        return self._shaped(tensor, self.shape)
 
     def cut_packed(self, tensor: Tensor) -> Tensor:
-        """[..., n, *unit_shape] → [..., n, S]."""
-        return tensor.reshape(*tensor.shape[: tensor.dim() - len(self.unit_shape)], self.size)
+        """[..., *packed_shape(n)] → [..., n, S]."""
+        lead = tensor.shape[: tensor.dim() - len(self.packed_shape(0))]
+        moved = self._units_first(tensor, len(lead))
+        return moved.reshape(*lead, tensor.shape[len(lead) + self.packed_dim], self.size)
 
     def as_packed(self, tensor: Tensor) -> Tensor:
-        """[..., n, S] → [..., n, *unit_shape], as a checkpoint stores it."""
-        return tensor.reshape(*tensor.shape[:-1], *self.unit_shape)
+        """[..., n, S] → [..., *packed_shape(n)], as a checkpoint stores it."""
+        return self._shaped(tensor, self.packed_shape(tensor.shape[-2]))
+
+    def _units_first(self, tensor: Tensor, lead: int) -> Tensor:
+        return tensor.movedim(lead + self.packed_dim, lead) if self.packed_dim else tensor
+
+    def _shaped(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """[..., n, S] → [..., *shape], units along `packed_dim`."""
+        lead = tensor.shape[:-2]
+        if not self.packed_dim:
+            return tensor.reshape(*lead, *shape)
+        others = (*shape[: self.dim], *shape[self.dim + 1 :])
+        moved = tensor.reshape(*lead, tensor.shape[-2], *others)
+        return moved.movedim(len(lead), len(lead) + self.dim)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from padconvert.layers.autocast import without_autocast
 from padconvert.layers.facts import LayerFacts
 from padconvert.layers.packed import Units, UnitView, assemble, pack_bits, unpack_bits
 from padconvert.layers.routers import RouterModule, router_class
-from padconvert.words import Granularity, Kind, Routing
+from padconvert.words import Granularity, Kind, Place, Routing
 
 PARTS = ("weight", "bias")
 
@@ -64,10 +64,16 @@ class PadLayer(nn.Module, ABC):
         self.num_experts = facts.num_experts
         self.routing = facts.routing
         self.router_name = facts.router
+        self.top_k = facts.top_k
+        self.group, self.place = facts.group, facts.place
+        self.unit_dim = facts.unit_dim
         self.weight_shape = facts.weight_shape
         self.has_bias = facts.has_bias
         self._copy_call_options(facts)
-        self.router: RouterModule = router_class(facts.router)(self.router_channels, facts.num_experts).to(device)
+        self.router: RouterModule | None = None
+        if facts.has_router:
+            made = router_class(facts.router)(self.router_channels, facts.num_experts, facts.top_k)
+            self.router = made.to(device)
         self.register_parameter("scale_logit", None)
         for part, n_dynamic in (("weight", facts.n_dynamic), ("bias", facts.n_bias_dynamic)):
             self._register_empty_part(
@@ -87,7 +93,9 @@ class PadLayer(nn.Module, ABC):
 
     def view(self, part: str) -> UnitView:
         """How the weight or the bias is cut into units."""
-        return UnitView(self.weight_shape if part == "weight" else self.weight_shape[:1], self.granularity)
+        if part == "bias":
+            return UnitView(self.weight_shape[:1], self.granularity)
+        return UnitView(self.weight_shape, self.granularity, self.unit_dim)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -97,18 +105,25 @@ class PadLayer(nn.Module, ABC):
         """Where the part's units belong."""
         return Units(getattr(self, f"_{part}_dynamic_units"), getattr(self, f"_{part}_static_units"))
 
+    @property
+    def unit_parts(self) -> tuple[str, ...]:
+        """The parts that a unit holds a slice of: the bias goes with its row, but not with a column."""
+        return PARTS[:1] if self.unit_dim else self.parts
+
     def _index_name(self, part: str) -> str | None:
-        """The buffer that stores a part's dynamic_mask; a `channel` bias goes with its filter."""
+        """The buffer that stores a part's dynamic_mask. Rows are listed once: not for the bias, and for a block of
+        `neuron` granularity under its first layer only."""
         if self.granularity is Granularity.ELEMENT:
             return "dynamic_bitmask" if part == "weight" else "bias_dynamic_bitmask"
-        return "dynamic_index" if part == "weight" else None
+        listed = part == "weight" and self.place in (Place.ALONE, Place.FIRST)
+        return "dynamic_index" if listed or (part == "weight" and self.granularity is Granularity.CHANNEL) else None
 
     def _register_empty_part(self, part: str, n_dynamic: int, like: Tensor) -> None:
         view = self.view(part)
         exists = part in self.parts
         n_static = view.units - n_dynamic
-        static = like.new_zeros(n_static, *view.unit_shape)
-        dynamic = like.new_zeros(self.num_experts, n_dynamic, *view.unit_shape)
+        static = like.new_zeros(view.packed_shape(n_static))
+        dynamic = like.new_zeros(self.num_experts, *view.packed_shape(n_dynamic))
         self.register_parameter(f"{part}_static", nn.Parameter(static) if exists and n_static else None)
         self.register_parameter(f"{part}_dynamic", nn.Parameter(dynamic) if exists and n_dynamic else None)
         mask = torch.arange(view.units, device="cpu" if like.is_meta else like.device) < n_dynamic
@@ -127,17 +142,21 @@ class PadLayer(nn.Module, ABC):
 
     def reindex_(self) -> None:
         """Recompute the indices from the stored dynamic_mask, after its buffer was loaded."""
+        if self.granularity is not Granularity.ELEMENT:
+            stored = getattr(self, self._index_name("weight") or "", None)
+            if stored is not None:
+                mask = torch.zeros(self.view("weight").units, dtype=torch.bool, device=stored.device)
+                self.place_units_(Units.of_mask(mask.index_fill(0, stored.long(), True)))
+            return
         for part in self.parts:
-            name = self._index_name(part) or "dynamic_index"
-            stored = getattr(self, name)
-            if stored is None:
-                continue
-            total = self.view(part).units
-            if self.granularity is Granularity.ELEMENT:
-                mask = unpack_bits(stored, total)
-            else:
-                mask = torch.zeros(total, dtype=torch.bool, device=stored.device).index_fill(0, stored.long(), True)
-            self._register_units(part, Units.of_mask(mask))
+            stored = getattr(self, self._index_name(part) or "")
+            if stored is not None:
+                self._register_units(part, Units.of_mask(unpack_bits(stored, self.view(part).units)))
+
+    def place_units_(self, units: Units) -> None:
+        """Say where the layer's rows (or columns) belong, for all parts that a unit has a slice of."""
+        for part in self.unit_parts:
+            self._register_units(part, units)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, *args, **kwargs)
@@ -171,7 +190,7 @@ class PadLayer(nn.Module, ABC):
         """Every expert's full weight [K, *weight_shape] or bias [K, O], scaled, in the mixing dtype."""
         static_NS, dynamic_KDS = self.cut_part(part)
         full_KUS = assemble(static_NS, dynamic_KDS, self.units(part), self.num_experts)
-        return full_KUS.reshape(self.num_experts, *self.view(part).shape)
+        return self.view(part).as_full(full_KUS)
 
     @property
     def mixing_dtype(self) -> torch.dtype:
@@ -200,6 +219,7 @@ class PadLayer(nn.Module, ABC):
 
     def route(self, x: Tensor) -> Tensor:
         """Routing weights π: [B, K], or [..., K] where single tokens are routed."""
+        assert self.router is not None, "the members of a block after the first do not route"
         with without_autocast(x):
             return cast(Tensor, self.router(self.pooled(x.to(self.mixing_dtype))))
 
@@ -219,9 +239,10 @@ class PadLayer(nn.Module, ABC):
         static_NS, dynamic_KDS = self._joined(part, mean_routing_K)
         view, like = self.view(part), getattr(self, f"{part}_dynamic")
         static, dynamic = view.as_packed(static_NS[new.static]), view.as_packed(dynamic_KDS[:, new.dynamic])
+        dim = view.packed_dim
         moved = [
-            self._replace(f"{part}_static", static, like, old.static, new.static, dim=0),
-            self._replace(f"{part}_dynamic", dynamic, like, old.dynamic, new.dynamic, dim=1),
+            self._replace(f"{part}_static", static, like, old.static, new.static, dim=dim),
+            self._replace(f"{part}_dynamic", dynamic, like, old.dynamic, new.dynamic, dim=dim + 1),
         ]
         self._register_units(part, new)
         return moved
@@ -281,6 +302,9 @@ class PadLayer(nn.Module, ABC):
             n_bias_dynamic=len(self.units("bias").dynamic) if self.has_bias else 0,
             router=self.router_name,
             routing=self.routing,
+            top_k=self.top_k,
+            group=self.group,
+            place=self.place,
         )
 
     def extra_repr(self) -> str:

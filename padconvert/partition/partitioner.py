@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from padconvert.errors import UsageError, VerificationError
 from padconvert.layers.pad import Moved, PadLayer
-from padconvert.partition.evidence import Loss, Part, measure
+from padconvert.partition.evidence import Loss, Part, cuts_of, measure
 from padconvert.partition.ranking import keep_across_layers, keep_in_layer
 from padconvert.partition.schedule import count_at, ratio_at
 from padconvert.partition.scores import Need, score_named
@@ -77,9 +77,11 @@ class Partitioner:
                 "(train.warmup, train.steps), or use the score 'magnitude'."
             )
         kept = self._kept(t, scores)
+        cuts = cuts_of(self.layers)
         moved: list[Moved] = []
-        for (name, part), mask in kept.items():
-            moved += self._turn_static(self.layers[name], part, mask, mean_routing[name])
+        for key, keep in kept.items():
+            for name, part in cuts[key]:
+                moved += self._turn_static(self.layers[name], part, keep, mean_routing[name])
         self.done = t
         return Round(t, self._ratio(t), sum(self._dynamic_entries(name) for name in self.layers), tuple(moved))
 
@@ -99,14 +101,19 @@ class Partitioner:
         return kept
 
     def _kept_in_pool(self, t: int, pool: Pool, scores: Mapping[Part, Tensor]) -> dict[Part, Tensor]:
-        views = [self.layers[name].view("weight") for name in pool.names]
+        """One ranking over the pool's layers; hidden units of a `neuron` block count with all their entries."""
+        sizes: dict[str, int] = {}
+        for name in pool.names:
+            layer = self.layers[name]
+            owner = layer.group if layer.granularity is Granularity.NEURON else name
+            sizes[owner] = sizes.get(owner, 0) + layer.view("weight").size
         masks = keep_across_layers(
-            [scores[name, "weight"] for name in pool.names],
-            [view.size for view in views],
-            [view.units for view in views],
+            [scores[name, "weight"] for name in sizes],
+            list(sizes.values()),
+            [self.layers[name].view("weight").units for name in sizes],
             count_at(pool.ratio, self.rounds, t, self.schedule, pool.n_entries),
         )
-        return {(name, "weight"): mask for name, mask in zip(pool.names, masks, strict=True)}
+        return {(name, "weight"): mask for name, mask in zip(sizes, masks, strict=True)}
 
     def _count(self, t: int, name: str, total: int) -> int:
         choice = self._plans[name].choice
@@ -131,13 +138,10 @@ class Partitioner:
     # ---- turning static ----------------------------------------------------------------------------------------
 
     def _turn_static(self, layer: PadLayer, part: str, keep: Tensor, mean_routing_K: Tensor) -> list[Moved]:
-        """`keep` is over the still-dynamic units; a filter takes its bias entry along."""
+        """`keep` is over the still-dynamic units."""
         if bool(keep.all()):
             return []
-        moved: list[Moved] = []
-        for each in layer.parts if layer.granularity is Granularity.CHANNEL else (part,):
-            units = layer.units(each)
-            mask = torch.zeros(len(units.dynamic) + len(units.static), dtype=torch.bool, device=units.dynamic.device)
-            mask[units.dynamic[keep.to(units.dynamic.device)]] = True
-            moved += layer.partition_(each, mask, mean_routing_K)
-        return moved
+        units = layer.units(part)
+        mask = torch.zeros(len(units.dynamic) + len(units.static), dtype=torch.bool, device=units.dynamic.device)
+        mask[units.dynamic[keep.to(units.dynamic.device)]] = True
+        return layer.partition_(part, mask, mean_routing_K)

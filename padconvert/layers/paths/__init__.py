@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from padconvert.layers.paths import aggregate, mix, static
+from padconvert.layers.paths import aggregate, experts, mix, static
 
 if TYPE_CHECKING:
     from padconvert.layers.conv import PadConv
@@ -33,6 +33,8 @@ def project(layer: PadLinear, x: Tensor) -> Tensor:
     """[..., C] → [..., O]."""
     if not layer.is_dynamic or (not torch.compiler.is_exporting() and x.numel() == 0):
         return static.project(layer, x)
+    if layer.top_k:
+        return experts.project(layer, x)
     if x.dim() > 2 and not layer.pooling_is_per_token():
         return aggregate.project(layer, x)
     return mix.project(layer, x)

@@ -37,7 +37,13 @@ def convolve(layer: PadConv, x: Tensor) -> Tensor:
 
 def project(layer: PadLinear, x: Tensor) -> Tensor:
     """One weight a sample: [B, ..., C] → [B, ..., O]."""
-    routing_BK = layer.route(x)
+    return project_by(layer, x, layer.route(x))
+
+
+def project_by(layer: PadLinear, x: Tensor, routing_BK: Tensor) -> Tensor:
+    """As `project`, with a routing from elsewhere. An input without positions, [B, C], has one of them."""
+    if x.dim() == 2:
+        return project_by(layer, x[:, None], routing_BK)[:, 0]
     weight_BOI = mixed(layer, "weight", routing_BK).to(x.dtype)
     out_BTO = x.flatten(1, -2) @ weight_BOI.transpose(1, 2)
     if layer.has_bias:

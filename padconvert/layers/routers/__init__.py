@@ -11,15 +11,35 @@ import importlib
 from abc import ABC, abstractmethod
 from typing import cast
 
+import torch
 from torch import Generator, Tensor, nn
+
+from padconvert.layers.collecting import note
 
 
 class RouterModule(nn.Module, ABC):
-    """What every router offers. It is made by `Router(channels, num_experts)`."""
+    """What every router offers. It is made by `Router(channels, num_experts, top_k)`; a `forward` ends in `share`."""
 
     @abstractmethod
-    def __init__(self, channels: int, num_experts: int) -> None:
+    def __init__(self, channels: int, num_experts: int, top_k: int = 0) -> None:
         super().__init__()
+        self.top_k = top_k
+
+    def share(self, logits: Tensor) -> Tensor:
+        """Routing weights [..., K] from logits [..., K]: a softmax, over the `top_k` highest logits only if there is
+        one, with zero for all other experts.
+
+        In training the choice among experts is noisy, N(0, 1/K²) on the logits (Riquelme et al., 2021, §2.1; after
+        Shazeer et al., 2017, eq. 4), so that close calls go either way and no expert starves.
+        """
+        if self.top_k:
+            chosen_by = logits + torch.randn_like(logits) / logits.shape[-1] if self.training else logits
+            top = chosen_by.topk(self.top_k, dim=-1)
+            routing = torch.zeros_like(logits).scatter(-1, top.indices, top.values.softmax(-1))
+        else:
+            routing = torch.softmax(logits, dim=-1)
+        note(self, logits, routing)
+        return routing
 
     @staticmethod
     @abstractmethod

@@ -23,8 +23,8 @@ class Router(RouterModule):
     mean: Tensor | None
     deviation: Tensor | None
 
-    def __init__(self, channels: int, num_experts: int) -> None:
-        super().__init__(channels, num_experts)
+    def __init__(self, channels: int, num_experts: int, top_k: int = 0) -> None:
+        super().__init__(channels, num_experts, top_k)
         self.weight = nn.Parameter(torch.zeros(num_experts, channels))
         self.bias = nn.Parameter(torch.zeros(num_experts))
         self.register_buffer("mean", None)
@@ -38,7 +38,7 @@ class Router(RouterModule):
         if self.mean is not None and self.deviation is not None:
             pooled = (pooled - self.mean) / self.deviation
         weight, bias = self.weight.to(pooled.dtype), self.bias.to(pooled.dtype)
-        return torch.softmax(nn.functional.linear(pooled, weight, bias), dim=-1)
+        return self.share(nn.functional.linear(pooled, weight, bias))
 
     @torch.no_grad()
     def initialise_(self, pooled_NC: Tensor | None, generator: Generator) -> None:

@@ -18,8 +18,8 @@ class Router(RouterModule):
 
     temperature: Tensor | None
 
-    def __init__(self, channels: int, num_experts: int) -> None:
-        super().__init__(channels, num_experts)
+    def __init__(self, channels: int, num_experts: int, top_k: int = 0) -> None:
+        super().__init__(channels, num_experts, top_k)
         hidden = max(4, channels // 4)
         self.reduce = nn.Linear(channels, hidden)
         self.expand = nn.Linear(hidden, num_experts)
@@ -40,7 +40,7 @@ class Router(RouterModule):
         weights = (self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias)
         reduce_weight, reduce_bias, expand_weight, expand_bias = (w.to(pooled.dtype) for w in weights)
         logits = linear(torch.relu(linear(pooled, reduce_weight, reduce_bias)), expand_weight, expand_bias)
-        return torch.softmax(logits if self.temperature is None else logits / self.temperature, dim=-1)
+        return self.share(logits if self.temperature is None else logits / self.temperature)
 
     @torch.no_grad()
     def initialise_(self, pooled_NC: Tensor | None, generator: Generator) -> None:

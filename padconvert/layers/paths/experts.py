@@ -1,0 +1,166 @@
+"""Experts: compute the chosen experts of every token, and nothing else; whole feed-forward blocks and single layers.
+
+Tokens are sorted by expert, so that each expert is one matrix product. An exported program cannot have sizes that
+depend on the routing: there every expert sees every token, and what was not chosen weighs nothing.
+
+Legend of names: T tokens, J = top_k chosen experts, K experts, I inputs, O outputs, S static and D dynamic units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from padconvert.layers.autocast import without_autocast
+from padconvert.layers.paths import aggregate
+from padconvert.words import Granularity, Routing
+
+if TYPE_CHECKING:
+    from padconvert.layers.ffn import PadLinearMember
+    from padconvert.layers.linear import PadLinear
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """How the tokens of one call are routed. `lead` is the input's shape but for its last dimension.
+
+    `routing` is [T, K] (all experts, zero where not chosen), or [B, K] where weights are merged by sequence.
+    """
+
+    lead: tuple[int, ...]
+    routing: Tensor
+    gates_TJ: Tensor
+    chosen_TJ: Tensor
+
+
+def routed(layer: PadLinear, x: Tensor) -> Routed:
+    """The routing of a call on `x` [..., I]: of every token, or of its sequence and so of every token in it."""
+    lead = tuple(x.shape[:-1])
+    routing = layer.route(x)
+    if not layer.top_k:
+        none = routing.new_zeros(0, 0)
+        return Routed(lead, routing, none, none.long())
+    if layer.routing is Routing.SEQUENCE and x.dim() > 2:
+        routing = routing.reshape(lead[0], *(1,) * (len(lead) - 1), -1).expand(*lead, layer.num_experts)
+    routing_TK = routing.reshape(-1, layer.num_experts)
+    gates_TJ, chosen_TJ = routing_TK.topk(layer.top_k, dim=-1)
+    return Routed(lead, routing_TK, gates_TJ, chosen_TJ)
+
+
+def project(layer: PadLinear, x: Tensor) -> Tensor:
+    """A layer on its own: [..., I] → [..., O], Σ_j π_j (W_j x + b_j) over the chosen experts."""
+    call = routed(layer, x)
+    out_TJO = _each(layer, x.reshape(-1, layer.in_features), call)
+    return _weighed(out_TJO, call).to(out_TJO.dtype).reshape(*x.shape[:-1], layer.out_features)
+
+
+def widen(layer: PadLinearMember, x: Tensor, call: Routed) -> Tensor:
+    """First and peer members: [..., I] → [..., J · O]; with `neuron` [..., S + J · D]; merged [..., O]."""
+    if layer.merges:
+        return aggregate.project_by(layer, x, call.routing)
+    x_TI = x.reshape(-1, layer.in_features)
+    if layer.granularity is not Granularity.NEURON:
+        return _each(layer, x_TI, call).flatten(1).reshape(*call.lead, -1)
+    static = _cut(layer, "static", x.dtype)
+    dynamic = _cut(layer, "dynamic", x.dtype)
+    parts = []
+    if static is not None:
+        parts.append(torch.nn.functional.linear(x_TI, *static))
+    if dynamic is not None:
+        parts.append(_every_choice(x_TI, *dynamic, call).flatten(1))
+    return torch.cat(parts, -1).reshape(*call.lead, -1)
+
+
+def narrow(layer: PadLinearMember, x: Tensor, call: Routed) -> Tensor:
+    """The last member: what `widen` gave, after pointwise operations, → [..., O]."""
+    if layer.merges:
+        return aggregate.project_by(layer, x, call.routing)
+    x_TH = x.reshape(-1, x.shape[-1])
+    if layer.granularity is not Granularity.NEURON:
+        x_TJI = x_TH.reshape(len(x_TH), layer.top_k, layer.in_features)
+        weight_KOI, bias_KO = _experts(layer, x.dtype)
+        mixed_TO = _weighed_choice(x_TJI, weight_KOI, bias_KO, call)
+        return mixed_TO.to(x.dtype).reshape(*call.lead, layer.out_features)
+    return _narrow_neurons(layer, x_TH, call).to(x.dtype).reshape(*call.lead, layer.out_features)
+
+
+def _narrow_neurons(layer: PadLinearMember, x_TH: Tensor, call: Routed) -> Tensor:
+    """Σ_j π_j D_j h_j over the dynamic units, and once the static ones and the bias: [T, O] in the mixing dtype."""
+    static_SO, dynamic_KDO = layer.cut_part("weight")
+    n_static = 0 if static_SO is None else len(static_SO)
+    out_TO = x_TH.new_zeros(len(x_TH), layer.out_features)
+    if static_SO is not None:
+        out_TO = x_TH[:, :n_static] @ static_SO.to(x_TH.dtype)
+    if layer.has_bias:
+        out_TO = out_TO + layer.expert_tensors("bias")[0].to(x_TH.dtype)
+    if dynamic_KDO is None:
+        return out_TO
+    x_TJD = x_TH[:, n_static:].reshape(len(x_TH), layer.top_k, -1)
+    mixed_TO = _weighed_choice(x_TJD, dynamic_KDO.transpose(1, 2).to(x_TH.dtype), None, call)
+    return out_TO.to(mixed_TO.dtype) + mixed_TO
+
+
+def _cut(layer: PadLinear, which: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
+    """The static or the dynamic rows and their bias; None where there are none."""
+    at = 0 if which == "static" else 1
+    weight = layer.cut_part("weight")[at]
+    if weight is None:
+        return None
+    bias = layer.cut_part("bias")[at] if layer.has_bias else None
+    return weight.to(dtype), None if bias is None else bias[..., 0].to(dtype)
+
+
+def _experts(layer: PadLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    bias = layer.expert_tensors("bias").to(dtype) if layer.has_bias else None
+    return layer.expert_tensors("weight").to(dtype), bias
+
+
+def _each(layer: PadLinear, x_TI: Tensor, call: Routed) -> Tensor:
+    """[T, I] → [T, J, O]: every token by each of its experts."""
+    return _every_choice(x_TI, *_experts(layer, x_TI.dtype), call)
+
+
+def _every_choice(x_TI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None, call: Routed) -> Tensor:
+    if torch.compiler.is_exporting():
+        out_TKO = torch.einsum("ti,koi->tko", x_TI, weight_KOI)
+        out_TKO = out_TKO if bias_KO is None else out_TKO + bias_KO
+        return out_TKO.take_along_dim(call.chosen_TJ[..., None].expand(-1, -1, out_TKO.shape[-1]), dim=1)
+    tokens, choices = call.chosen_TJ.shape
+    rows_NI = x_TI.repeat_interleave(choices, 0)
+    return _by_expert(rows_NI, weight_KOI, bias_KO, call.chosen_TJ.flatten()).reshape(tokens, choices, -1)
+
+
+def _weighed_choice(x_TJI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None, call: Routed) -> Tensor:
+    """Σ_j π_j (W_j x_j + b_j): [T, J, I] → [T, O] in the mixing dtype."""
+    if torch.compiler.is_exporting():
+        place_TJK = torch.nn.functional.one_hot(call.chosen_TJ, len(weight_KOI)).to(call.gates_TJ.dtype)
+        gated_TKI = torch.einsum("tjk,tj,tji->tki", place_TJK, call.gates_TJ, x_TJI.to(call.gates_TJ.dtype))
+        mixed_TO = torch.einsum("tki,koi->to", gated_TKI, weight_KOI.to(gated_TKI.dtype))
+        return mixed_TO if bias_KO is None else mixed_TO + call.routing @ bias_KO.to(mixed_TO.dtype)
+    rows_NI = x_TJI.flatten(0, 1)
+    out_NO = _by_expert(rows_NI, weight_KOI, bias_KO, call.chosen_TJ.flatten())
+    return _weighed(out_NO.reshape(*call.chosen_TJ.shape, -1), call)
+
+
+def _weighed(out_TJO: Tensor, call: Routed) -> Tensor:
+    """Σ_j π_j y_j in the mixing dtype."""
+    with without_autocast(out_TJO):
+        return (call.gates_TJ[..., None] * out_TJO.to(call.gates_TJ.dtype)).sum(1)
+
+
+def _by_expert(rows_NI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None, expert_N: Tensor) -> Tensor:
+    """Each row by its own expert: [N, I] → [N, O]. Rows are sorted by expert, so each expert is called once."""
+    order = expert_N.argsort(stable=True)
+    counts = torch.bincount(expert_N, minlength=len(weight_KOI)).tolist()
+    pieces = rows_NI[order].split(counts)
+    outs = [
+        torch.nn.functional.linear(piece, weight_KOI[k], None if bias_KO is None else bias_KO[k])
+        for k, piece in enumerate(pieces)
+        if len(piece)
+    ]
+    if not outs:
+        return rows_NI.new_zeros(0, weight_KOI.shape[1])
+    return torch.cat(outs)[order.argsort()]
