@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+import padconvert
 from checkpoint_cases import manifest
 from padconvert.checkpoint.manifest import ProbeInput, ProbeRecord, manifest_from_json, manifest_to_json
 from padconvert.checkpoint.probe_record import MAX_VALUES, compare_outputs, record_outputs
+from padconvert.checkpoint.read import read_checkpoint
+from padconvert.checkpoint.write import write_checkpoint
 from padconvert.errors import FileError, VerificationError
+from padconvert.load.audit import audit
+from padconvert.load.examine import examine
+from padconvert.verify import verify
 
 
 def record(*outputs: Tensor) -> ProbeRecord:
@@ -98,3 +106,36 @@ def test_a_damaged_record(values: str, message: str) -> None:
     damaged = dataclasses.replace(made, outputs=(dataclasses.replace(made.outputs[0], values=values),))
     with pytest.raises(FileError, match=f"the probe's output 0 {message}"):
         compare_outputs(damaged, [output])
+
+
+FORGED: dict[str, Callable[[ProbeRecord], ProbeRecord]] = {
+    "batch": lambda probe: dataclasses.replace(probe, batch=10**9),
+    "shape": lambda probe: changed_input(probe, shape=(3, 10**9, 10**9)),
+    "empty_and_endless": lambda probe: changed_input(probe, shape=(0, 2**62)),
+    "dtype": lambda probe: changed_input(probe, dtype="hub"),
+    "high": lambda probe: changed_input(probe, dtype="int64", high=2**70),
+    "no_range": lambda probe: changed_input(probe, dtype="int64", high=3, low=3),
+    "seed": lambda probe: dataclasses.replace(probe, seed=2**80),
+}
+
+
+def changed_input(probe: ProbeRecord, **changes: object) -> ProbeRecord:
+    return dataclasses.replace(probe, inputs=(dataclasses.replace(probe.inputs[0], **changes),))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", list(FORGED))
+def test_a_forged_probe_is_refused_by_every_reader(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.pad.safetensors"
+    padconvert.save(nn.Sequential(nn.Linear(4, 4)), path, inputs=torch.randn(2, 4))
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.manifest.probe is not None
+    forged = dataclasses.replace(checkpoint.manifest, probe=FORGED[name](checkpoint.manifest.probe))
+    write_checkpoint(path, checkpoint.tensors(copy=True), forged, force=True)
+    said = set()
+    readers: tuple[Callable[[Path], object], ...] = (audit, padconvert.load, verify)
+    for reader in readers:
+        with pytest.raises(FileError, match="probe's input") as raised:
+            reader(path)
+        said.add(str(raised.value))
+    assert len(said) == 1
+    assert examine(path).verdict == "unreadable"

@@ -204,7 +204,7 @@ def test_what_a_live_run_is_writing_is_no_leftover(tmp_path: Path) -> None:
 
 def test_a_file_taken_away_before_it_was_locked_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another run looked for leftovers in the moment between opening and locking."""
-    lock = padconvert.checkpoint.whole_file._lock
+    lock = padconvert.checkpoint.whole_file.lock
     taken: list[Path] = []
 
     def slow(descriptor: int, *, wait: bool) -> bool:
@@ -213,7 +213,7 @@ def test_a_file_taken_away_before_it_was_locked_is_made_again(tmp_path: Path, mo
             taken[0].unlink()
         return lock(descriptor, wait=wait)
 
-    monkeypatch.setattr(padconvert.checkpoint.whole_file, "_lock", slow)
+    monkeypatch.setattr(padconvert.checkpoint.whole_file, "lock", slow)
     write_checkpoint(tmp_path / "x", {"a": torch.arange(3.0)}, manifest())
     assert len(taken) == 1
     assert same_bits(read_checkpoint(tmp_path / "x").tensor("a"), torch.arange(3.0))

@@ -17,11 +17,31 @@ from padconvert.errors import FileError, VerificationError
 MAX_VALUES = 2048
 #: the most entries that a probe's inputs may have together: what a file says is checked before it is allocated
 MAX_ENTRIES = 2**26
+#: integers of a probe lie in int64
+_WIDEST = 2**63 - 1
+_DTYPES = frozenset(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))
 
 
 def fits(batch: int, shapes: Iterable[tuple[int, ...]]) -> bool:
     """Whether inputs of these shapes, the batch apart, are small enough to be recorded and made again."""
     return sum(batch * math.prod(shape) for shape in shapes) <= MAX_ENTRIES
+
+
+def check_probe(record: ProbeRecord) -> None:
+    """Raises FileError where the inputs that a file asks for cannot be made: too large, or of no type or range."""
+    entries = fits(record.batch, (each.shape for each in record.inputs))
+    if not entries or any(size > MAX_ENTRIES for each in record.inputs for size in each.shape):
+        raise FileError(
+            f"the probe's inputs are too large to be made (more than {MAX_ENTRIES} values); the manifest is forged or "
+            "damaged. Make the artefact again from its source."
+        )
+    for number, each in enumerate(record.inputs):
+        low, high = each.low, each.low + 1 if each.high is None else each.high
+        if each.dtype not in _DTYPES or not -_WIDEST <= low < high <= _WIDEST or abs(record.seed) >= _WIDEST:
+            raise FileError(
+                f"the probe's input {number} is of no type or range that can be made; the manifest is forged or "
+                "damaged. Make the artefact again from its source."
+            )
 
 
 def record_outputs(outputs: Sequence[Tensor]) -> tuple[ProbeOutput, ...]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from padconvert.checkpoint.bitmask import PlacementChecks
+from padconvert.checkpoint.folder import carries_manifest, examine_folder, merged
 from padconvert.checkpoint.header import Header, header_of, open_regular, quote, read_metadata
 from padconvert.checkpoint.layout import check_layout
 from padconvert.checkpoint.manifest import KEY, Manifest, check_seal, manifest_from_json
+from padconvert.checkpoint.probe_record import check_probe
 from padconvert.checkpoint.tensor_bytes import crc32_of, tensor_of
 from padconvert.errors import FileError
 from padconvert.results import Check
@@ -52,10 +56,26 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
     return TensorFile(header, private, shared)
 
 
+class TensorFolder:
+    """The tensors of several safetensors files as those of one; `header` is the one that this file would have."""
+
+    def __init__(self, files: Sequence[TensorFile], header: Header) -> None:
+        self.header = header
+        self._file_of = {name: file for file in files for name in file.header.tensors}
+
+    def tensor(self, name: str) -> Tensor:
+        """As `TensorFile.tensor`."""
+        return self._file_of[name].tensor(name)
+
+    def crc32(self, name: str) -> int:
+        """As `TensorFile.crc32`."""
+        return self._file_of[name].crc32(name)
+
+
 class Checkpoint:
     """An open artefact. Its header and manifest agree; a bitmask or index is checked before it is handed out."""
 
-    def __init__(self, path: Path, file: TensorFile, manifest: Manifest) -> None:
+    def __init__(self, path: Path, file: TensorFile | TensorFolder, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
         self.header = file.header
@@ -92,22 +112,50 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Opens an artefact. Only its header is read; every name, dtype, shape and count in it is checked.
+    """Opens an artefact, a file or a folder. Only headers are read; every name, dtype, shape and count is checked.
 
     Raises FileError where it is no artefact, newer than this code, damaged, or contradicts itself.
     """
+    place = Path(path)
+    if place.is_dir():
+        return _read_folder(place)
     _check_kind(path)
     file = open_tensors(path)
-    text = file.header.metadata.get(KEY)
+    return Checkpoint(place, file, _checked_manifest(place, file.header))
+
+
+def _checked_manifest(path: Path, header: Header) -> Manifest:
+    """The manifest in the header's metadata, held against its tensors."""
+    text = header.metadata.get(KEY)
     if text is None:
-        raise FileError(f"{path}: {_NO_ARTEFACT} (a safetensors file without a manifest).")
+        raise FileError(
+            f"{path}: {_NO_ARTEFACT} ({'a folder' if path.is_dir() else 'a safetensors file'} without a manifest)."
+        )
     try:
         manifest = manifest_from_json(text)
-        check_seal(file.header.metadata, {name: (slot.dtype, slot.shape) for name, slot in file.header.tensors.items()})
-        check_layout(manifest, file.header)
+        check_seal(header.metadata, {name: (slot.dtype, slot.shape) for name, slot in header.tensors.items()})
+        check_layout(manifest, header)
+        if manifest.probe is not None:
+            check_probe(manifest.probe)
     except FileError as error:
         raise FileError(f"{path}: {error}") from None
-    return Checkpoint(Path(path), file, manifest)
+    return manifest
+
+
+def _read_folder(folder: Path) -> Checkpoint:
+    if not carries_manifest(folder):
+        raise FileError(f"{folder}: {_NO_ARTEFACT} (a folder without a manifest).")
+    plan = examine_folder(folder)
+    files = {name: open_tensors(folder / name) for name in plan.files}
+    try:
+        header = merged({name: file.header for name, file in files.items()}, plan.weight_map, plan.metadata)
+    except FileError as error:
+        raise FileError(f"{folder}: {error}") from None
+    manifest = _checked_manifest(folder, header)
+    if plan.config is not None:  # the architecture's config is the rest of config.json
+        architecture = {**manifest.architecture, "config": dict(plan.config)}
+        manifest = dataclasses.replace(manifest, architecture=architecture)
+    return Checkpoint(folder, TensorFolder(list(files.values()), header), manifest)
 
 
 def _check_kind(path: str | os.PathLike[str]) -> None:
@@ -121,8 +169,10 @@ def _check_kind(path: str | os.PathLike[str]) -> None:
 
 
 def is_artefact(path: str | os.PathLike[str]) -> bool:
-    """Whether the file's header carries a manifest. A cut-short artefact still is one; a file of another kind, or
-    none at all, is not."""
+    """Whether the file's header, or the folder, carries a manifest. A cut-short artefact still is one; a file of
+    another kind, or none at all, is not."""
+    if Path(path).is_dir():
+        return carries_manifest(Path(path))
     try:
         return KEY in read_metadata(path)
     except FileError:

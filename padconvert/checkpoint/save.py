@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from padconvert.checkpoint.layout import join
 from padconvert.checkpoint.manifest import LayerEntry, Manifest, ProbeInput, ProbeRecord, Provenance
 from padconvert.checkpoint.probe_record import fits, record_outputs
 from padconvert.checkpoint.write import WrittenFile, write_checkpoint
-from padconvert.layers.pad import PadLayer
+from padconvert.checkpoint.write_folder import write_folder
+from padconvert.errors import UsageError
+from padconvert.layers.pad import PARTS, PadLayer
 from padconvert.rewrite import names_of, pad_layers
 from padconvert.walk.probe import ProbeSpec, call, flat_outputs
 from padconvert.walk.quiet import device_of, untouched
@@ -33,20 +35,20 @@ def save_model(
     trained: bool,
     probe: ProbeSpec | None = None,
     extra_tensors: Mapping[str, Tensor] | None = None,
+    max_shard_size: int | None = None,
     force: bool = False,
     source: Path | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> WrittenFile:
     """Write a folded model in checkpoint format 1. Experts that were not trained and are all equal are stored once.
 
-    `extra_tensors` are what `architecture` needs beside the state dict. Raises as `write_checkpoint` does.
+    `extra_tensors` are what `architecture` needs beside the state dict. With `max_shard_size` (bytes of tensors)
+    `path` is a folder, of one file or of several with an index. Raises as `write_checkpoint` and `write_folder` do.
     """
-    layers = pad_layers(model)
-    equal = {name: not trained and experts_are_equal(layer) for name, layer in layers.items()}
     extra = dict(extra_tensors or {})
     manifest = Manifest(
         padconvert=padconvert.__version__,
-        layers=tuple(_entry(model, name, layer, equal[name]) for name, layer in layers.items()),
+        layers=entries_of(model, trained=trained),
         architecture=dict(architecture),
         policy=dict(policy),
         provenance=provenance,
@@ -54,12 +56,21 @@ def save_model(
         probe=None if probe is None else record_probe(model, probe),
         extra_tensors=tuple(sorted(extra)),
     )
-    tensors = model_tensors(model, equal) | extra
-    return write_checkpoint(path, tensors, manifest, force=force, source=source, check=check)
+    tensors = model_tensors(model, manifest.layers) | extra
+    if max_shard_size is None:
+        return write_checkpoint(path, tensors, manifest, force=force, source=source, check=check)
+    return write_folder(path, tensors, manifest, max_shard_size=max_shard_size, force=force, source=source, check=check)
+
+
+def entries_of(model: nn.Module, *, trained: bool) -> tuple[LayerEntry, ...]:
+    """What a manifest says of the model's converted layers. Raises UsageError where one is not folded."""
+    layers = pad_layers(model)
+    return tuple(_entry(model, name, layer, not trained and experts_are_equal(layer)) for name, layer in layers.items())
 
 
 def _entry(model: nn.Module, name: str, layer: PadLayer, equal: bool) -> LayerEntry:
-    assert layer.scale_logit is None, f"{name} is not folded"
+    if layer.scale_logit is not None:
+        raise UsageError(f"layer '{name}' is not folded, and only folded models are stored: padconvert.fold(model).")
     aliases = tuple(alias for alias in names_of(model, layer) if alias != name)
     return LayerEntry(name=name, aliases=aliases, equal_experts=equal, facts=layer.facts())
 
@@ -70,13 +81,13 @@ def experts_are_equal(layer: PadLayer) -> bool:
     return all(bool((dynamic == dynamic[:1]).all()) for dynamic in stored if dynamic is not None)
 
 
-def model_tensors(model: nn.Module, equal: Mapping[str, bool]) -> dict[str, Tensor]:
+def model_tensors(model: nn.Module, entries: Iterable[LayerEntry]) -> dict[str, Tensor]:
     """The state dict as a checkpoint stores it: of equal experts the first one alone."""
     tensors: dict[str, Tensor] = {name: value.detach() for name, value in model.state_dict().items()}
-    for name, layer in pad_layers(model).items():
-        if equal[name]:
-            for prefix in names_of(model, layer):
-                for part in layer.parts:
+    for entry in entries:
+        if entry.equal_experts:
+            for prefix in (entry.name, *entry.aliases):
+                for part in PARTS:
                     key = join(prefix, f"{part}_dynamic")
                     if key in tensors:
                         tensors[key] = tensors[key][:1]

@@ -43,18 +43,19 @@ def write_text(path: Path, text: str) -> None:
         raise FileError(f"{path}: cannot be written ({error.strerror or error}). Name another place.") from error
 
 
-def _prefix(target: Path) -> str:
+def prefix_of(target: Path) -> str:
+    """What the names of all files begin with that runs to this target put beside it."""
     # not the name itself, which may be as long as the system allows
     return f".padconvert-{zlib.crc32(os.fsencode(target.name)):08x}-"
 
 
 def _locked(target: Path) -> tuple[Path, int]:
     while True:
-        temporary = target.parent / f"{_prefix(target)}{secrets.token_hex(8)}.tmp"
+        temporary = target.parent / f"{prefix_of(target)}{secrets.token_hex(8)}.tmp"
         # not tempfile: its files are private to the user, an artefact gets the permissions any new file gets
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:
-            _lock(descriptor, wait=True)
+            lock(descriptor, wait=True)
             if os.fstat(descriptor).st_nlink:
                 return temporary, descriptor
         except BaseException:
@@ -66,17 +67,17 @@ def _locked(target: Path) -> tuple[Path, int]:
 
 def _remove_leftovers(target: Path) -> None:
     """Takes away what killed runs left for this target. Whatever cannot be looked at stays."""
-    for left in target.parent.glob(f"{_prefix(target)}*.tmp"):
+    for left in target.parent.glob(f"{prefix_of(target)}*.tmp"):
         with contextlib.suppress(OSError):
             descriptor = os.open(left, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
             try:
-                if _lock(descriptor, wait=False):
+                if lock(descriptor, wait=False):
                     left.unlink(missing_ok=True)
             finally:
                 os.close(descriptor)
 
 
-def _lock(descriptor: int, *, wait: bool) -> bool:
+def lock(descriptor: int, *, wait: bool) -> bool:
     """Whether the open file is now locked by this process: not where another one holds it, nor on a system or disk
     without such locks, where leftovers stay."""
     try:

@@ -24,6 +24,7 @@ from padconvert.checkpoint.layout import Spec, all_expected, check_layout
 from padconvert.checkpoint.manifest import Manifest, metadata_of
 from padconvert.checkpoint.tensor_bytes import crc32_of, place_of, spec_of, view_bytes
 from padconvert.checkpoint.whole_file import sibling
+from padconvert.checkpoint.whole_folder import sync
 from padconvert.errors import FileError, PadconvertError, UsageError
 
 #: bytes handed to the file and to sha256 at a time
@@ -56,20 +57,20 @@ def write_checkpoint(
     refuses; the folder is then as it was before.
     """
     check_target(path, force=force, source=source)
-    specs, manifest = _survey(tensors, manifest)
+    specs, manifest = survey(tensors, manifest)
     encoded, header = encode_header(specs, metadata_of(manifest, specs))
     check_layout(manifest, header)
     target = Path(os.path.realpath(path))  # a link stays a link
     try:
         with sibling(target) as (temporary, file):
-            digest = _write_all(file, encoded, header, manifest, tensors)
+            digest = write_tensors(file, encoded, header, manifest, tensors)
             if check is not None:
                 check(temporary)
             check_target(path, force=force, source=source)  # again: the file may have come up meanwhile
             temporary.replace(target)
-            _sync_folder(target.parent)
+            sync(target.parent)
     except OSError as error:
-        raise FileError(f"{path}: {_explain(error, header.file_size)}") from None
+        raise FileError(f"{path}: {explain(error, header.file_size)}") from None
     return WrittenFile(header.file_size, digest, header.data_start)
 
 
@@ -109,7 +110,7 @@ def _check_target(path: Path, force: bool, source: str | os.PathLike[str] | None
         raise FileError(f"{path}: the folder {folder} cannot be written to.")
 
 
-def _survey(tensors: Mapping[str, Tensor], manifest: Manifest) -> tuple[dict[str, Spec], Manifest]:
+def survey(tensors: Mapping[str, Tensor], manifest: Manifest) -> tuple[dict[str, Spec], Manifest]:
     """The first pass: what is stored, the checksums, and which names mean the same tensor."""
     expected = all_expected(manifest)
     checks = PlacementChecks(manifest)
@@ -133,7 +134,7 @@ def _survey(tensors: Mapping[str, Tensor], manifest: Manifest) -> tuple[dict[str
     return specs, dataclasses.replace(manifest, crc32=crc32, aliases=aliases)
 
 
-def _write_all(
+def write_tensors(
     file: BinaryIO, encoded: bytes, header: Header, manifest: Manifest, tensors: Mapping[str, Tensor]
 ) -> str:
     """The second pass. Returns the sha256 of all that was written."""
@@ -152,16 +153,8 @@ def _write_all(
     return sha256.hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    """So that the new name outlives a power cut as the bytes do."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _explain(error: OSError, size: int) -> str:
+def explain(error: OSError, size: int) -> str:
+    """What the disk said, and the next step; `size` is what would have been written."""
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return f"the disk is full; the file needs {size} bytes. Free some space, or name another place with -o."
