@@ -25,6 +25,7 @@ from padconvert.export.pt2 import write_pt2
 from padconvert.fold import fold_
 from padconvert.load import describe
 from padconvert.load.artefact import load_checkpoint
+from padconvert.load.exported_lift import ExportedModule
 from padconvert.load.opened import static_twin
 from padconvert.load.source import own_tensors
 from padconvert.plan import Plan, Route, make_plan
@@ -143,7 +144,8 @@ def export(
 ) -> Verification:
     """Write an artefact as an exported program (`.pt2`), which torch.export.load reads without padconvert.
 
-    Returns the checks of the written file against the artefact's model, among them whether its batch is dynamic.
+    Returns the checks of the written file against the artefact's model, among them which sizes are dynamic: those of
+    the program that the artefact came from, or of a module all that torch.export can leave open.
     `into` and `trust` are as for `load`. Raises VerificationError where the program computes something else (nothing
     is written then), UsageError where `output` exists without `force`, FileError where the artefact holds no probe
     to call it with, or torch cannot export it.
@@ -160,5 +162,8 @@ def export(
             "Convert the source again with --input-shape."
         )
     model = load_checkpoint(checkpoint, into=into, trust=trust)
-    checks = write_pt2(model, spec_of(record), target, force=force, source=source)
+    probe = spec_of(record)
+    # of a program, the sizes that it left open; of a module, all that torch can leave open
+    promised = model.promised(probe) if isinstance(model, ExportedModule) else None
+    checks = write_pt2(model, probe, target, promised=promised, force=force, source=source)
     return Verification(str(target), checks, True, schema="padconvert.export/1")

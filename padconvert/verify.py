@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from padconvert.checkpoint.manifest import ProbeRecord
-from padconvert.checkpoint.probe_record import compare_outputs, fits
+from padconvert.checkpoint.probe_record import compare_outputs
 from padconvert.checkpoint.read import Checkpoint, read_checkpoint
 from padconvert.errors import FileError, VerificationError
 from padconvert.finetune.data.examples import Examples
@@ -197,8 +197,6 @@ def probe_check(checkpoint: Checkpoint, model: nn.Module) -> Check:
     if record is None:
         why = "none was stored: the model could not be called when it was made"
         return Check("probe", True, None, None, why, held=False)
-    if not fits(record.batch, (each.shape for each in record.inputs)):
-        return Check("probe", False, None, None, "its inputs are too large to be made; the record is damaged")
     try:
         args, kwargs = spec_of(record).make(record.batch, device_of(model))
         with untouched(model):

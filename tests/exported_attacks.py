@@ -201,6 +201,7 @@ def input_kind(document: Any) -> None:
 
 # It is pasted twice, and the first time it opens the string that the second time closes.
 PASTED = f'x=""", y={CALL}):\n    0 #'
+ELF = b"\x7fELF\x02\x01\x01\0"
 ENUM = {"__enum__": True, "fqn": "canary_module:Thing", "name": "A"}
 
 ATTACKS: dict[str, tuple[Attack, type[Exception]]] = {
@@ -271,6 +272,22 @@ ATTACKS: dict[str, tuple[Attack, type[Exception]]] = {
     "operation_as_an_argument": (
         graph(lambda g: node_of(g, "gelu")["inputs"][1].update(arg={"as_operator": "torch.hub.load"})), UnsafeError),
     "compiled_library": (added("data/aotinductor/model/model.so", b"\x7fELF"), UnsafeError),
+    # what is only ignored here
+    "library_in_extra": (added("extra/run.so", ELF), UnsafeError),
+    "library_in_extra_of_a_plain_name": (added("extra/notes", ELF), UnsafeError),
+    "library_in_extra_called_text": (added("extra/notes.txt", ELF), UnsafeError),
+    "windows_library_in_extra": (added("extra/run.dll", b"MZ\x90\0"), UnsafeError),
+    "module_in_extra": (added("extra/hubconf.py", CALL.encode()), UnsafeError),
+    "script_in_extra": (added("extra/setup", b"#!/bin/sh\ntouch canary\n"), UnsafeError),
+    "pickle_in_extra": (added("extra/model.pt", pickled()), UnsafeError),
+    "pickle_of_text_in_extra": (added("extra/model.txt", pickle.dumps(Touch(), protocol=0)), UnsafeError),
+    "library_in_a_folder_of_extra": (added("extra/data/aotinductor/model.so", ELF), UnsafeError),
+    "library_as_a_note": (added(".data/serialization_id", ELF + b"\0" * 100), UnsafeError),
+    "library_as_a_short_note": (added("version", ELF), UnsafeError),
+    "library_as_an_unread_weight": (added("data/weights/weight_99", ELF), UnsafeError),
+    "library_as_an_unread_constant": (added("data/constants/tensor_99", ELF), UnsafeError),
+    "library_beside_everything": (added("run.so", ELF), UnsafeError),
+    "folder_of_another_loader": (added("xl_model_weights/model", b"1"), UnsafeError),
     # lies
     "another_member": (added("data/weights/run.py", b"1"), UnsafeError),
     "another_program": (added("models/other.json", b"{}"), UnsafeError),
@@ -289,7 +306,7 @@ ATTACKS: dict[str, tuple[Attack, type[Exception]]] = {
     "weight_of_another_dtype": (weight(lambda w: w["tensor_meta"].update(dtype=8)), FileError),
     "sparse_weight": (weight(lambda w: w["tensor_meta"].update(layout=1)), FileError),
     "constant_outside": (weight(lambda w: w.update(path_name="../weights/weight_0"), CONSTANTS), FileError),
-    "weight_missing": (documents(WEIGHTS, lambda d: d["config"].pop("conv.weight")), FileError),
+    "weight_missing": (documents(WEIGHTS, lambda d: d["config"].pop("conv.weight")), UnsafeError),
     "another_schema": (program(lambda d: d["schema_version"].update(major=9)), FileError),
     "another_archive_version": (added("archive_version", b"1"), FileError),
     "no_program": (members(lambda found: found.pop(PROGRAM)), FileError),

@@ -16,9 +16,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from exported_attacks import ATTACKS, CALL, PROGRAM, graph, program, renamed, sizes, sound, write
 from padconvert import ConvertOptions
+from padconvert.__main__ import main
 from padconvert.checkpoint.read import read_checkpoint
 from padconvert.checkpoint.write import write_checkpoint
 from padconvert.convert import convert
@@ -26,6 +28,7 @@ from padconvert.errors import FileError, UnsafeError
 from padconvert.load import open_source
 from padconvert.load.artefact import load
 from padconvert.load.audit import audit
+from padconvert.load.examine import examine
 from padconvert.load.exported_grammar import check_expression
 from padconvert.load.exported_ops import ATEN
 from padconvert.load.exported_program import MAX_DOCUMENT, packed, unpacked
@@ -69,6 +72,26 @@ def test_the_sound_program_loads(place: Path) -> None:
     x = torch.randn(5, 3, 8, 8)
     assert torch.equal(module(x)["logits"], theirs(x)["logits"])
     assert audit(place / "model.pt2").verdict == "loads"
+
+
+def test_text_beside_a_program_is_left_unread(place: Path) -> None:
+    program = torch.export.export(nn.Linear(2, 2), (torch.randn(3, 2),))
+    extra = {"notes": "trained in May, Größe 2.\n", "labels.json": '["a", "b"]', "sub/card.md": "# A model.\n\tFine."}
+    torch.export.save(program, place / "model.pt2", extra_files=extra)
+    assert open_source(place / "model.pt2").module is not None
+    assert audit(place / "model.pt2").verdict == "loads"
+
+
+@pytest.mark.parametrize("name", [name for name in ATTACKS if "library" in name])
+def test_an_audit_refuses_what_loading_refuses(name: str, place: Path) -> None:
+    ATTACKS[name][0](place / "model.pt2")
+    report = audit(place / "model.pt2")
+    assert report.unsafe
+    assert examine(place / "model.pt2").verdict == "refused"
+    assert main(["inspect", str(place / "model.pt2"), "--audit"]) == UnsafeError.exit_code
+    with pytest.raises(UnsafeError) as raised:
+        open_source(place / "model.pt2")
+    assert str(raised.value) == report.verdict
 
 
 ALIVE = [
@@ -174,6 +197,14 @@ FORGERIES: dict[str, tuple[Callable[[Any], object], type[Exception]]] = {
     "missing_tensor": (lambda d: d["inputs"][4].update(target="nowhere"), FileError),
     "keyword": (lambda d: d["nodes"][0]["kwargs"].update({"a=1, **b": 1}), FileError),
     "more_outputs": (lambda d: d["outputs"].append(None), FileError),
+    "symbol_of_code": (lambda d: d["inputs"][-1]["symbols"][0].__setitem__(1, CALL), FileError),
+    "symbol_without_a_range": (lambda d: d["ranges"].clear(), FileError),
+    "symbol_of_no_dimension": (lambda d: d["inputs"][-1]["symbols"][0].__setitem__(0, 3), FileError),
+    "symbol_times_zero": (lambda d: d["inputs"][-1]["symbols"][0].__setitem__(2, 0), FileError),
+    "symbol_of_a_weight": (lambda d: d["inputs"][0].update(symbols=d["inputs"][-1]["symbols"]), FileError),
+    "range_of_code": (lambda d: d["ranges"].update({CALL: [0, 1]}), FileError),
+    "range_upside_down": (lambda d: d["ranges"].update(s9=[3, 2]), FileError),
+    "ranges_of_another_type": (lambda d: d.update(ranges=7), FileError),
     "no_nodes": (lambda d: d.pop("nodes"), FileError),
     "nodes_of_another_type": (lambda d: d.update(nodes=7), FileError),
 }  # fmt: skip

@@ -2,50 +2,52 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from padconvert.checkpoint.whole_file import sibling
 from padconvert.checkpoint.write import check_target
 from padconvert.errors import FileError, VerificationError
+from padconvert.export.sizes import LEAST, Axis, outputs_at, takes, traced_sizes, variable_axes
+from padconvert.export.traced import Exported, Trace, exported, first_line, range_words
 from padconvert.results import Check
-from padconvert.walk.probe import ProbeSpec, call, flat_outputs
-from padconvert.walk.quiet import device_of, untouched
+from padconvert.walk.probe import ProbeSpec
 
-#: samples that the program is traced with; another number than 0 and 1, which torch takes for constants
-BATCH = 4
-#: samples of the further checks, where the batch is dynamic
-OTHER_BATCHES = (1, 3)
 #: max|Δ| / max|y| between the model and the written program: an export may sum in another order
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def write_pt2(
-    model: nn.Module, probe: ProbeSpec, path: Path, *, force: bool = False, source: Path | None = None
+    model: nn.Module,
+    probe: ProbeSpec,
+    path: Path,
+    *,
+    promised: Sequence[Axis] | None = None,
+    force: bool = False,
+    source: Path | None = None,
 ) -> tuple[Check, ...]:
     """Export the model with the probe's inputs and save the program, whole or not at all.
 
-    The written file is loaded again with torch alone and held against the model on the probe, and with a dynamic
-    batch on other batch sizes; the checks are returned. Raises VerificationError where the outputs differ,
-    FileError where torch cannot export the model or the file cannot be written, UsageError as `check_target`.
+    The sizes in `promised` stay open as far as they were; without a promise those do that torch leaves open, out of
+    all at whose other values the model itself runs. The written file is loaded again with torch alone and held
+    against the model at the traced and at other values of each; the checks are returned. Raises VerificationError
+    where outputs differ or a promised size came out fixed, FileError where torch cannot export the model or the
+    file cannot be written, UsageError as `check_target`.
     """
     check_target(path, force=force, source=source)
-    program, why_fixed = _exported(model, probe)
+    sizes = variable_axes(model, probe, promised)
     target = Path(os.path.realpath(path))
     try:
         with sibling(target) as (temporary, file):
-            torch.export.save(program, file)
-            file.flush()
-            os.fsync(file.fileno())
-            checks = _parity(model, temporary, probe, why_fixed)
+            checks = _written(Trace(model, probe, traced_sizes(sizes)), sizes, temporary, file)
             check_target(path, force=force, source=source)  # again: the file may have come up meanwhile
             temporary.replace(target)
     except OSError as error:
@@ -55,38 +57,30 @@ def write_pt2(
     return checks
 
 
-def _exported(model: nn.Module, probe: ProbeSpec) -> tuple[ExportedProgram, str]:
-    """The program, with a dynamic batch where torch allows one; otherwise the words that say why not."""
-    args, kwargs = probe.make(BATCH, device_of(model))
-    shapes = _dynamic_batch(model, args, kwargs)
-    why_fixed = ""
-    with untouched(model):
-        try:
-            program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes)
-        except Exception as error:  # torch raises many kinds, and so does the model's own code
-            why_fixed = _first_line(error)
-            try:
-                program = torch.export.export(model, args, dict(kwargs))
-            except Exception as worse:
-                raise FileError(
-                    f"torch.export cannot export this model ({_first_line(worse)}). Use the artefact itself with "
-                    "padconvert.load."
-                ) from worse
-    _return_plain_(program)
-    return program, why_fixed
+def _written(trace: Trace, sizes: Mapping[Axis, Sequence[int]], temporary: Path, file: IO[bytes]) -> tuple[Check, ...]:
+    """Export and hold, with fewer open sizes until the program runs at other values of each that it leaves open."""
+    axes = [axis for axis, others in sizes.items() if others]
+    why_not: dict[Axis, str] = {}
+    while True:
+        made = exported(trace, axes)
+        _return_plain_(made.program)
+        file.seek(0)
+        file.truncate()
+        torch.export.save(made.program, file)
+        file.flush()
+        os.fsync(file.fileno())
+        parity = _Parity(trace, _load(temporary))
+        stuck = parity.hold({axis: sizes[axis] for axis in made.ranges})
+        why_not |= parity.refused | ({axis: made.why_fixed for axis in axes if axis not in made.ranges})
+        if not stuck:
+            return (*parity.checks, *_said(parity, sizes, made, why_not))
+        axes = [axis for axis in made.ranges if axis not in stuck]
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
-
-
-def _dynamic_batch(model: nn.Module, args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> Any:
-    """The first dimension of every input as dynamic, in the form that torch wants."""
-    batch = {0: Dim.DYNAMIC}
-    if not kwargs:
-        return tuple(batch for _ in args)
-    names = list(inspect.signature(model.forward).parameters)[: len(args)]
-    return dict.fromkeys([*names, *kwargs], batch)
+def _load(written: Path) -> nn.Module:
+    with written.open("rb") as file:
+        # written a moment ago by this very call, and nobody else's
+        return torch.export.load(file).module()  # noqa: TID251
 
 
 def _return_plain_(program: ExportedProgram) -> None:
@@ -112,39 +106,83 @@ def _plain(value: Any) -> Any:
             return value
 
 
-def _parity(model: nn.Module, written: Path, probe: ProbeSpec, why_fixed: str) -> tuple[Check, ...]:
-    """The written file against the model. Raises VerificationError where they differ."""
-    with written.open("rb") as file:
-        # written a moment ago by this very call, and nobody else's
-        program = torch.export.load(file)  # noqa: TID251
-    module = program.module()
-    checks, said = [], "any number of samples"
-    for batch in (BATCH,) if why_fixed else (BATCH, *OTHER_BATCHES):
+@dataclass
+class _Parity:
+    """The written program beside the model. `checks` grows; `refused` notes the values that torch's guards refuse."""
+
+    trace: Trace
+    module: nn.Module
+    checks: list[Check] = field(default_factory=list)
+    refused: dict[Axis, str] = field(default_factory=dict)
+    ran: dict[Axis, list[int]] = field(default_factory=dict)
+
+    def hold(self, sizes: Mapping[Axis, Sequence[int]]) -> list[Axis]:
+        """Hold the program at the traced sizes, at others of each axis, and at others of all at once; the axes that
+        are not open after all, for no other value runs. Raises VerificationError where the outputs differ."""
+        base = dict(self.trace.traced)
+        batch = next(axis for axis in base if axis.is_batch)
+        if error := self._at(f"batch of {base[batch]}", base):
+            raise VerificationError(f"The exported program cannot be called ({error}).")
+        for axis, others in sizes.items():
+            for size in others:
+                if error := self._at(f"{axis.name(self.trace.probe)} of {size}", base | {axis: size}):
+                    self._refuse(axis, size, error)
+                else:
+                    self.ran.setdefault(axis, []).append(size)
+        stuck = [axis for axis in sizes if axis not in self.ran]
+        ran = {axis: held[0] for axis, held in self.ran.items()}
+        if stuck or len(ran) < 2 or not takes(self.trace.model, self.trace.probe, base | ran):
+            return stuck
+        if not (error := self._at("all sizes changed", base | ran)):
+            return []
+        # each alone, but not together
+        for axis in ran:
+            self._refuse(axis, ran[axis], error)
+        return [axis for axis in ran if not axis.is_batch]
+
+    def _at(self, name: str, sizes: Mapping[Axis, int]) -> str:
+        """Hold the outputs at these sizes; "", or why the program cannot be called so."""
+        wanted = outputs_at(self.trace.model, self.trace.probe, sizes)
         try:
-            value, limit = _difference(model, module, probe, batch)
+            found = outputs_at(self.module, self.trace.probe, sizes)
         except Exception as error:  # torch's guards, for a size that the traced branch does not fit
-            if batch == BATCH:
-                raise VerificationError(f"The exported program cannot be called ({_first_line(error)}).") from error
-            said = f"but not {batch}: {_first_line(error)}"
-            continue
+            return first_line(error)
+        value, limit = _difference(wanted, found)
         if not value <= limit:
             raise VerificationError(
                 f"The exported program does not compute what the model computes: outputs differ by {value:.2e} of "
-                f"their largest at batch size {batch}, at most {limit:.0e} is allowed. Nothing was written; please "
-                "report it."
+                f"their largest at {name}, at most {limit:.0e} is allowed. Nothing was written; please report it."
             )
-        checks.append(Check(f"same outputs, batch of {batch}", True, value, limit, "max|Δ| / max|y|"))
-    if why_fixed:
-        said = f"{BATCH} samples, as traced: {why_fixed}"
-    return (*checks, Check("batch", True, "fixed" if why_fixed else "dynamic", None, said))
+        self.checks.append(Check(f"same outputs, {name}", True, value, limit, "max|Δ| / max|y|"))
+        return ""
+
+    def _refuse(self, axis: Axis, size: int, error: str) -> None:
+        if axis.promised and size >= LEAST:
+            raise VerificationError(
+                f"{axis.name(self.trace.probe)}: the program that the artefact came from leaves it open, but the "
+                f"exported one refuses {size} ({error}). Nothing was written. Use the artefact itself with "
+                "padconvert.load; please report it."
+            )
+        self.refused.setdefault(axis, f"but not {size}: {error}")
 
 
-def _difference(model: nn.Module, module: nn.Module, probe: ProbeSpec, batch: int) -> tuple[float, float]:
+def _said(
+    parity: _Parity, sizes: Mapping[Axis, Sequence[int]], made: Exported, why_not: Mapping[Axis, str]
+) -> Iterator[Check]:
+    """What became of each size that the model itself takes at other values; the batch is always named."""
+    for axis in sizes:
+        name = axis.name(parity.trace.probe)
+        if axis in made.ranges:
+            held = "held at " + ", ".join(str(size) for size in (axis.traced, *parity.ran[axis]))
+            said = (range_words(*made.ranges[axis]), held, why_not.get(axis, ""))
+            yield Check(name, True, "dynamic", None, "; ".join(each for each in said if each))
+        else:
+            why = why_not.get(axis) or "the model itself takes no other"
+            yield Check(name, True, "fixed", None, f"{axis.traced}, as traced: {why}", held=False)
+
+
+def _difference(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[float, float]:
     """(the largest max|Δ| / max|y| of an output, what is allowed); infinite where shapes or infinite places differ."""
-    args, kwargs = probe.make(batch, device_of(model))
-    with untouched(model):
-        wanted = flat_outputs(call(model, args, kwargs))
-        found = flat_outputs(call(module, args, kwargs))
     limit = max((TOLERANCE.get(output.dtype, 0.0) for output in wanted), default=0.0)
     if not wanted or [(o.shape, o.dtype) for o in wanted] != [(o.shape, o.dtype) for o in found]:
         return float("inf"), limit

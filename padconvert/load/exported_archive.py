@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickletools
 import re
 import zipfile
 from collections.abc import Mapping
@@ -28,11 +29,17 @@ _CONFIGS = {_WEIGHTS: "model_weights_config.json", _CONSTANTS: "model_constants_
 _PAYLOADS = {_WEIGHTS: re.compile(r"weight_\d+\Z", re.ASCII), _CONSTANTS: re.compile(r"tensor_\d+\Z", re.ASCII)}
 _SAMPLES = "data/sample_inputs/model.pt"
 _MAX_NOTE = 64
-# Written by torch, or left unread because it is text of the user's.
 _NOTES = frozenset(
     {"archive_format", "archive_version", "byteorder", "version", ".data/version", ".data/serialization_id"}
 )
-_UNREAD = "extra/"
+# What the user put beside the program (`extra_files=`). It stays unread here, but somebody may read it elsewhere, so
+# only text passes.
+_EXTRA = "extra/"
+_EXTRA_NAME = re.compile(
+    r"extra/([\w \-]+/)*[\w \-]+(\.(txt|json|jsonl|md|yaml|yml|csv|tsv|toml|cfg|ini|xml))?\Z", re.ASCII
+)
+_MAX_EXTRA = 16 << 20
+_CALLS = frozenset({"GLOBAL", "STACK_GLOBAL", "INST", "REDUCE", "OBJ", "NEWOBJ", "EXT1", "EXT2", "EXT4"})
 EXPORT = "torch.export.save(torch.export.export(model.eval(), inputs, dynamic_shapes=...), 'model.pt2')"
 _OLD = "serialized_exported_program.json"
 # Why a member is refused, by how its name starts; the first that fits.
@@ -44,6 +51,7 @@ _REFUSED = (
     ("data/constants/", "constants in a form that would be unpickled"),
     ("data/sample_inputs/", "a pickle"),
     ("models/", "a second program; save one program a file"),
+    (_EXTRA, "more than text; export without such extra_files"),
 )
 
 
@@ -70,6 +78,11 @@ def read_archive(path: Path) -> Archive:
     for name, wanted in (("archive_format", b"pt2"), ("archive_version", b"0"), ("byteorder", b"little")):
         if name not in regions or file.read(_first(regions[name])) != wanted:
             raise FileError(f"{path}: its member {name} is not {wanted.decode()!r}. Export the model again: {EXPORT}.")
+    for name in regions:
+        if (name in _NOTES and not _is_note(file, regions[name])) or (
+            name.startswith(_EXTRA) and not _is_text(file, regions[name])
+        ):
+            raise UnsafeError(f"{path}: member {shown(name)} is more than text. {EXPORT_AGAIN}")
     if _SAMPLES in regions:
         _check_samples(file.read(regions[_SAMPLES]), str(path))
     if _PROGRAM not in regions:
@@ -105,13 +118,39 @@ def _first(region: Region) -> Region:
 
 def why_refused(name: str) -> str:
     """Why a member of this name, without the archive's top folder, is refused; "" where it is part of a program."""
-    if name in _NOTES or name in (_PROGRAM, _SAMPLES) or name.startswith(_UNREAD):
+    if name in _NOTES or name in (_PROGRAM, _SAMPLES) or (name.startswith(_EXTRA) and _EXTRA_NAME.match(name)):
         return ""
     for folder, payload in _PAYLOADS.items():
         inner = name.removeprefix(folder)
         if name.startswith(folder) and (inner == _CONFIGS[folder] or payload.match(inner)):
             return ""
     return next((why for start, why in _REFUSED if name.startswith(start)), "not part of an exported program")
+
+
+def _is_note(file: MappedFile, region: Region) -> bool:
+    """Whether the member is a few characters, as torch writes them."""
+    return region.size <= _MAX_NOTE and file.read(region).isascii() and b"\0" not in file.read(region)
+
+
+def _is_text(file: MappedFile, region: Region) -> bool:
+    """Whether the member is text that neither a shell nor an unpickler would run."""
+    if region.size > _MAX_EXTRA:
+        return False
+    data = file.read(region)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    plain = all(letter.isprintable() or letter in "\r\n\t" for letter in text)
+    return plain and not text.startswith("#!") and not _is_pickle(data)
+
+
+def _is_pickle(data: bytes) -> bool:
+    """Whether these bytes are a whole pickle that calls something; the oldest kind is text."""
+    try:
+        return any(opcode.name in _CALLS for opcode, _, _ in list(pickletools.genops(data)))
+    except Exception:  # pickletools raises many kinds for what is no pickle
+        return False
 
 
 def _check_samples(data: bytes, where: str) -> None:
@@ -146,6 +185,9 @@ def _tensors(file: MappedFile, regions: Mapping[str, Region], folder: str) -> di
         if view not in made:
             made[view] = storages.tensor(view)
         found[name] = made[view]
+    read = {view.storage for view in made}
+    if unread := [name for name in regions if name.startswith(folder) and name != config and name not in read]:
+        raise UnsafeError(f"{file.path}: member {shown(min(unread))} belongs to no tensor. {EXPORT_AGAIN}")
     return found
 
 

@@ -74,6 +74,11 @@ def check_path(name: object, what: str, where: str) -> str:
     return str(name)
 
 
+def is_symbol(name: object) -> bool:
+    """Whether this is what torch calls a size that may vary, as s77."""
+    return isinstance(name, str) and _SYMBOL.match(name) is not None
+
+
 def check_text(text: object, where: str) -> str:
     """A string among an operation's arguments, as "bij,bjk->bik". Raises UnsafeError."""
     if not isinstance(text, str) or len(text) > MAX_NAME or not _TEXT.match(text):

@@ -18,13 +18,15 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from padconvert.errors import FileError
+from padconvert.export.sizes import Axis
 from padconvert.load.exported_grammar import LEAF, check_tree
 from padconvert.load.exported_inputs import known_inputs
 from padconvert.load.exported_layers import lift_
 from padconvert.load.exported_ops import operation
 from padconvert.load.exported_program import TENSORS, Json, check_document, packed
+from padconvert.load.exported_sizes import promised_axes
 from padconvert.load.storages import torch_dtype
-from padconvert.walk.spec import InputSpec
+from padconvert.walk.spec import InputSpec, ProbeSpec
 
 _ITEM = operator.getitem
 
@@ -66,6 +68,10 @@ class ExportedModule(fx.GraphModule):
     def architecture(self) -> Json:
         """The record that an artefact stores; `rebuild` of it and the tensors gives the module back."""
         return packed(self.document)
+
+    def promised(self, probe: ProbeSpec) -> tuple[Axis, ...]:
+        """The sizes of the probe's inputs that the program left open."""
+        return promised_axes(self.document, probe)
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """Constants and buffers that are not in the state dict."""

@@ -2,9 +2,9 @@
 
     {"version": 1, "inputs": [INPUT, …], "nodes": [NODE, …], "mutations": [[INPUT'S NAME, VALUE], …],
      "outputs": [VALUE, …], "call": {"names": [WORD, …], "given": TREE}, "returns": TREE,
-     "classes": {MODULE'S NAME: ITS CLASS'S}}
+     "classes": {MODULE'S NAME: ITS CLASS'S}, "ranges": see `exported_sizes`; it may be absent}
     INPUT  {"kind": "parameter" | "buffer" | "constant", "name", "target", "dtype", "shape", …}
-           {"kind": "user", "name", "dtype", "shape", "dynamic"} · {"kind": "value", "name", "value"}
+           {"kind": "user", "name", "dtype", "shape", "dynamic", "symbols"} · {"kind": "value", "name", "value"}
     NODE   {"op": "aten.conv2d.default", "args": [VALUE, …], "kwargs": {WORD: VALUE}, "out": null | NAME | [NAME, …]}
     VALUE  null, true, 1, 2.5, "text" · [VALUE, …] · {"n": NAME} · {"f": "-inf"} · {"dtype": …} · {"device": "cpu"} · …
     TREE   see `exported_grammar.read_treespec`
@@ -36,6 +36,7 @@ from padconvert.load.exported_grammar import (
     shown,
 )
 from padconvert.load.exported_ops import is_allowed, operation
+from padconvert.load.exported_sizes import check_sizes
 from padconvert.load.reductions import DTYPE_BYTES
 
 Json = dict[str, Any]
@@ -88,11 +89,12 @@ class _Check:
         self.names.add(str(name))
 
     def document(self, document: object) -> Json:
-        self.require(isinstance(document, dict) and set(document) == _KEYS, "its keys")
+        self.require(isinstance(document, dict) and set(document) - {"ranges"} == _KEYS, "its keys")
         assert isinstance(document, dict)
         self.require(document["version"] == 1, document["version"])
         for given in document["inputs"]:
             self.input(given)
+        check_sizes(document, self.require)
         check_targets([given["target"] for given in document["inputs"] if given["kind"] in TENSORS], self.where)
         for node in document["nodes"]:
             self.node(node)
@@ -111,7 +113,7 @@ class _Check:
     def input(self, given: Json) -> None:
         kind = given["kind"]
         self.require(isinstance(kind, str) and kind in _FIELDS, kind)
-        self.require(set(given) == _FIELDS[kind] | {"kind", "name"}, given)
+        self.require(set(given) - {"symbols"} == _FIELDS[kind] | {"kind", "name"}, given)
         self.define(given["name"])
         if kind == "value":
             self.require(not isinstance(given["value"], dict | list), given)

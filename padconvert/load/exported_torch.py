@@ -1,6 +1,6 @@
 """torch's own JSON of an exported program → a flat document of our own, without anything that torch would evaluate.
 
-What is left out: guards, source lines, metadata, sample inputs, ranges of sizes. What is resolved: the blocks that
+What is left out: guards, source lines, metadata, sample inputs. What is resolved: the blocks that
 `torch.no_grad()` and a switched-off autocast make, which are put in line. The document is checked by
 `exported_program`, wherever it comes from; here only what the document cannot hold is refused.
 """
@@ -22,6 +22,7 @@ from padconvert.load.exported_grammar import (
     shown,
 )
 from padconvert.load.exported_ops import DROPPED
+from padconvert.load.exported_sizes import ranges_of, symbols_of
 
 SCHEMA_MAJOR = 8
 _DTYPES = {
@@ -122,7 +123,8 @@ class _Reader:
             )
         for expression in expressions_of(program):
             check_expression(expression, self.where)
-        for symbol in self.part(program, "range_constraints", dict):
+        constraints = self.part(program, "range_constraints", dict)
+        for symbol in constraints:
             check_expression(symbol, self.where)
         module = self.part(program, "graph_module", dict)
         graph, signature = self.part(module, "graph", dict), self.part(module, "signature", dict)
@@ -138,6 +140,7 @@ class _Reader:
             "mutations": [value for kind, value in specs if kind == "mutation"],
             "outputs": [value for kind, value in specs if kind == "user"],
             "classes": self.classes,
+            "ranges": ranges_of(constraints, inputs),
             **self.calls(self.part(module, "module_call_graph", list)),
         }
 
@@ -201,7 +204,10 @@ class _Reader:
                 dtype, sizes = tensor_spec(self.values.get(name), self.where)
                 dynamic = [i for i, size in enumerate(sizes) if not isinstance(size, dict) or "as_int" not in size]
                 shape = [self.hint(size) for size in sizes]
-                return {"kind": "user", "name": name, "dtype": dtype, "shape": shape, "dynamic": dynamic}
+                return {
+                    "kind": "user", "name": name, "dtype": dtype, "shape": shape, "dynamic": dynamic,
+                    "symbols": symbols_of(sizes),
+                }  # fmt: skip
             case "as_sym_int" | "as_sym_float" | "as_sym_bool":
                 return {"kind": "value", "name": self.name(value.get("as_name")), "value": None}
             case _:
