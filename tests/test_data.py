@@ -284,7 +284,7 @@ def test_streams_of_random_numbers_differ() -> None:
         (DataSpec(mean=(0.1, 0.2, 0.3)), r"data.mean: has 3 numbers, these examples have 8 channels.*layout to nhwc"),
         (DataSpec(std=(0.1, 0.0)), "0 cannot divide"),
         (DataSpec(scale=0.0), "0 cannot divide"),
-        (DataSpec(task="glue/sst2"), "glue/sst2 needs a tokenizer"),
+        (DataSpec(task="glue/sst9"), "data.task: 'glue/sst9' is unknown. Choose from glue/cola.*regression"),
         (DataSpec(augment=("rotate",)), "'rotate' is unknown. Choose from crop, flip"),
         (DataSpec(input_key="x,z", label_key="none", augment=("flip",)), "need examples with one input"),
         (DataSpec(input_key="flat", label_key="none", augment=("flip",)), "needs images"),

@@ -14,10 +14,12 @@ from torch.nn import functional
 
 from padconvert.errors import FileError, PolicyError, VerificationError
 from padconvert.finetune.data.examples import TensorExamples
+from padconvert.finetune.data.preparation import Preparation, Prepared
 from padconvert.finetune.evaluate import evaluate
 from padconvert.finetune.metrics import OF_CLASSES, OF_VALUES, metrics_for
 
 sk = pytest.importorskip("sklearn.metrics")
+stats = pytest.importorskip("scipy.stats")
 
 
 def in_pieces(metric: Any, predicted: Tensor, labels: Tensor, size: int) -> float:
@@ -47,28 +49,36 @@ def test_class_metrics_are_scikit_learns_in_any_pieces(found: list[tuple[int, in
 
 
 @given(st.integers(2, 40), st.integers(1, 7), st.integers(0, 99))
-def test_value_metrics_are_numpys_in_any_pieces(count: int, size: int, seed: int) -> None:
+def test_value_metrics_are_numpys_and_scipys_in_any_pieces(count: int, size: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     predicted, labels = 1e4 + rng.normal(size=count), rng.normal(size=count) - 1e4  # small spreads around large means
     given_ = torch.from_numpy(predicted), torch.from_numpy(labels)
     assert in_pieces(OF_VALUES["pearson"](), *given_, size) == pytest.approx(
         np.corrcoef(predicted, labels)[0, 1], abs=1e-9
     )
+    ranked = rng.integers(0, 6, size=(2, count)).astype(np.float64)  # with ties, as ratings have
+    if (ranked != ranked[:, :1]).any(1).all():
+        expected = stats.spearmanr(*ranked).statistic
+        found = in_pieces(OF_VALUES["spearman"](), *torch.from_numpy(ranked), size)
+        assert found == pytest.approx(expected, abs=1e-12)
     assert in_pieces(OF_VALUES["mse"](), *given_, size) == pytest.approx(((predicted - labels) ** 2).mean(), rel=1e-12)
 
 
 def test_constant_sides_have_no_correlation() -> None:
     ones, ramp = torch.ones(4), torch.arange(4.0)
     assert in_pieces(OF_VALUES["pearson"](), ones, ramp, 2) == 0.0
+    assert in_pieces(OF_VALUES["spearman"](), ones, ramp, 2) == 0.0
     assert in_pieces(OF_CLASSES["matthews"](), ones.long(), ramp.long(), 2) == 0.0
 
 
 def test_metrics_are_chosen_by_the_labels() -> None:
-    assert list(metrics_for(torch.tensor([1]), None)) == ["accuracy"]
-    assert list(metrics_for(torch.tensor([1]), "f1")) == ["accuracy", "f1"]
-    assert list(metrics_for(torch.tensor([1.0]), "pearson")) == ["mse", "pearson"]
-    with pytest.raises(PolicyError, match=r"metric 'f1' does not apply to floating labels\. Choose from mse, pearson"):
-        metrics_for(torch.tensor([1.0]), "f1")
+    assert list(metrics_for(torch.tensor([1]), ())) == ["accuracy"]
+    assert list(metrics_for(torch.tensor([1]), ["f1", "accuracy"])) == ["accuracy", "f1"]
+    assert list(metrics_for(torch.tensor([1.0]), ["pearson"])) == ["mse", "pearson"]
+    with pytest.raises(
+        PolicyError, match=r"metric 'f1' does not apply to floating labels\. Choose from mse, pearson, spearman"
+    ):
+        metrics_for(torch.tensor([1.0]), ["pearson", "f1"])
 
 
 class Reader(nn.Module):
@@ -88,7 +98,7 @@ LABELS = torch.randint(0, 5, (23,), generator=torch.Generator().manual_seed(1))
 
 @pytest.mark.parametrize("batch_size", [1, 7, 23, 100])
 def test_evaluation_does_not_depend_on_the_batch_size(batch_size: int) -> None:
-    numbers = evaluate(Reader(), TensorExamples(LOGITS, LABELS), batch_size, metric="matthews")
+    numbers = evaluate(Reader(), TensorExamples(LOGITS, LABELS), batch_size, metrics=("matthews",))
     assert list(numbers) == ["loss", "accuracy", "matthews"]
     assert numbers["accuracy"] == int((LOGITS.argmax(1) == LABELS).sum()) / 23
     assert numbers["matthews"] == pytest.approx(sk.matthews_corrcoef(LABELS, LOGITS.argmax(1)), abs=1e-12)
@@ -111,10 +121,16 @@ def test_dense_and_ignored_labels() -> None:
 
 def test_values_and_no_labels() -> None:
     outputs, targets = LOGITS[:, :1], LOGITS[:, 1]
-    numbers = evaluate(Reader(), TensorExamples(outputs, targets), 4, metric="pearson")
+    numbers = evaluate(Reader(), TensorExamples(outputs, targets), 4, metrics=("pearson",))
     assert numbers["mse"] == pytest.approx((outputs[:, 0] - targets).square().mean().item(), rel=1e-6)
     assert numbers["pearson"] == pytest.approx(np.corrcoef(outputs[:, 0], targets)[0, 1], abs=1e-6)
     assert evaluate(Reader(), TensorExamples(outputs), 4) == {}
+
+
+def test_examples_bring_the_metrics_of_their_task() -> None:
+    numbers = evaluate(Reader(), Prepared(TensorExamples(LOGITS, LABELS), Preparation(), ("matthews", "f1")), 8)
+    assert list(numbers) == ["loss", "accuracy", "matthews", "f1"]
+    assert numbers["f1"] == pytest.approx(sk.f1_score(LABELS, LOGITS.argmax(1), average="macro"), abs=1e-12)
 
 
 def test_inputs_take_the_models_dtype() -> None:

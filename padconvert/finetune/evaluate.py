@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from padconvert.errors import FileError, VerificationError
 from padconvert.finetune.data.examples import Batch, Examples
 from padconvert.finetune.data.labels import IGNORED
+from padconvert.finetune.data.preparation import Prepared
 from padconvert.finetune.metrics import metrics_for
 from padconvert.finetune.objectives import class_axis, dtype_of, fitted, forward, logits_of, task_loss
 from padconvert.walk.quiet import evaluating
@@ -17,10 +20,11 @@ def evaluate(
     model: nn.Module,
     examples: Examples,
     batch_size: int,
-    metric: str | None = None,
+    metrics: Sequence[str] = (),
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """`loss` (mean over labels), `accuracy` (class labels) or `mse` (floating ones), and the `metric` named.
+    """`loss` (mean over labels), `accuracy` (class labels) or `mse` (floating ones), and the `metrics` named: by the
+    caller, else by the examples' own task (`matthews`, `f1`, `pearson`, `spearman`).
 
     Runs in eval mode, without gradients, over all examples in order; every module's mode is restored. Empty where
     the examples have no labels. Raises `VerificationError` for outputs that are not finite, `FileError` for labels
@@ -30,7 +34,8 @@ def evaluate(
         first = examples.batch(torch.zeros(1, dtype=torch.int64)).labels
         if first is None:
             return {}
-        metrics = metrics_for(first, metric)
+        named = metrics or (examples.metrics if isinstance(examples, Prepared) else ())
+        gathered = metrics_for(first, named)
         loss_sum, count = 0.0, 0
         for indices in torch.arange(len(examples)).split(batch_size):
             batch = examples.batch(indices).to(device, dtype_of(model))
@@ -38,11 +43,11 @@ def evaluate(
             if len(labels) == 0:
                 continue
             loss_sum, count = loss_sum + loss * len(labels), count + len(labels)
-            for gathering in metrics.values():
-                gathering.update(predicted, labels)
+            for metric in gathered.values():
+                metric.update(predicted, labels)
         if count == 0:
             raise FileError(f"the evaluation data: every label is {IGNORED} (ignored). Name data with labels")
-        return {"loss": loss_sum / count, **{name: metric.value() for name, metric in metrics.items()}}
+        return {"loss": loss_sum / count, **{name: metric.value() for name, metric in gathered.items()}}
 
 
 def _judge(model: nn.Module, batch: Batch, start: int) -> tuple[float, Tensor, Tensor]:

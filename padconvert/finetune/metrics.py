@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -119,15 +120,40 @@ class Pearson:
         return float(self.scatter_22[0, 1]) / spread**0.5 if spread > 0 else 0.0
 
 
+class Spearman:
+    """Pearson's correlation of the ranks, −1 to 1; equal values share their mean rank. Keeps all values."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Tensor] = []
+
+    def update(self, predicted: Tensor, labels: Tensor) -> None:
+        self.pieces.append(torch.stack([predicted.double().cpu(), labels.double().cpu()]))
+
+    def value(self) -> float:
+        predicted, labels = torch.cat(self.pieces, dim=1)
+        of_ranks = Pearson()
+        of_ranks.update(_ranks(predicted), _ranks(labels))
+        return of_ranks.value()
+
+
+def _ranks(value_N: Tensor) -> Tensor:
+    _, place_N, count_U = value_N.unique(return_inverse=True, return_counts=True)
+    rank_U: Tensor = count_U.cumsum(0) - (count_U - 1) / 2
+    return rank_U[place_N]
+
+
 OF_CLASSES: dict[str, type[Metric]] = {"accuracy": Accuracy, "matthews": Matthews, "f1": F1}
-OF_VALUES: dict[str, type[Metric]] = {"mse": MeanSquaredError, "pearson": Pearson}
+OF_VALUES: dict[str, type[Metric]] = {"mse": MeanSquaredError, "pearson": Pearson, "spearman": Spearman}
 
 
-def metrics_for(labels: Tensor, named: str | None) -> dict[str, Metric]:
-    """Fresh metrics for such labels: accuracy or mse, and the named one. Raises `PolicyError` where it cannot apply."""
+def metrics_for(labels: Tensor, named: Sequence[str]) -> dict[str, Metric]:
+    """Fresh metrics for such labels: accuracy or mse, then the named ones.
+
+    Raises `PolicyError` where one cannot apply.
+    """
     known = OF_VALUES if labels.is_floating_point() else OF_CLASSES
-    if named is not None and named not in known:
+    wrong = next((name for name in named if name not in known), None)
+    if wrong is not None:
         kind = "floating" if labels.is_floating_point() else "class"
-        raise PolicyError(f"metric '{named}' does not apply to {kind} labels. Choose from {', '.join(known)}")
-    first = next(iter(known))
-    return {name: known[name]() for name in dict.fromkeys([first, named or first])}
+        raise PolicyError(f"metric '{wrong}' does not apply to {kind} labels. Choose from {', '.join(known)}")
+    return {name: known[name]() for name in dict.fromkeys([next(iter(known)), *named])}

@@ -80,6 +80,10 @@ class Subset:
         return self.whole.num_classes
 
     @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return known_class_names(self.whole)
+
+    @property
     def labels(self) -> Tensor | None:
         labels = known_labels(self.whole)
         return None if labels is None else labels[self.indices]
@@ -100,6 +104,18 @@ def known_labels(examples: Examples) -> Tensor | None:
     """All labels where they are known without reading the inputs, else None."""
     labels = getattr(examples, "labels", None)
     return labels if isinstance(labels, Tensor) else None
+
+
+def known_class_names(examples: Examples) -> tuple[str, ...] | None:
+    """The classes' names by number where the data has them, else None."""
+    names = getattr(examples, "class_names", None)
+    return tuple(names) if names else None
+
+
+def attention_mask_of(inputs: Tensor | Mapping[str, Tensor]) -> Tensor | None:
+    """[B, T] bool, true where a position counts and false where it is padding; None where the inputs do not say."""
+    found = None if isinstance(inputs, Tensor) else inputs.get("attention_mask")
+    return found != 0 if found is not None and found.ndim == 2 else None
 
 
 def checked(examples: TensorExamples, origin: str) -> TensorExamples:

@@ -9,9 +9,8 @@ import torch
 from torch import Generator, Tensor
 
 from padconvert.errors import PolicyError
-from padconvert.finetune.data.examples import Batch, Examples, known_labels
+from padconvert.finetune.data.examples import Batch, Examples, known_class_names, known_labels
 from padconvert.finetune.data.spec import DataPolicy
-from padconvert.policy.model import NO_TOKENIZER
 
 AUGMENTATIONS = ("crop", "flip")
 
@@ -57,13 +56,15 @@ class Preparation:
 
 
 class Prepared:
-    """Raw `examples` together with how a batch of them is prepared. Is itself `Examples`.
+    """Raw `examples` together with how a batch of them is prepared, and the `metrics` that their task is judged by.
+
+    Is itself `Examples`. Integers stay as they are unless they are pixels (see `Preparation`).
 
     Raises `PolicyError` where the policy's `data:` block cannot apply to examples of this form.
     """
 
-    def __init__(self, examples: Examples, preparation: Preparation) -> None:
-        self.raw, self.preparation = examples, preparation
+    def __init__(self, examples: Examples, preparation: Preparation, metrics: tuple[str, ...] = ()) -> None:
+        self.raw, self.preparation, self.metrics = examples, preparation, metrics
         sample = examples.batch(torch.zeros(1, dtype=torch.int64))
         _require_fit(preparation, sample)
         self.labelled = sample.labels is not None
@@ -76,6 +77,10 @@ class Prepared:
     def labels(self) -> Tensor | None:
         """All labels where they are known without reading the inputs."""
         return known_labels(self.raw)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return known_class_names(self.raw)
 
     @property
     def augments(self) -> bool:
@@ -106,8 +111,6 @@ class Prepared:
 
 def preparation_of(spec: DataPolicy) -> Preparation:
     """The preparation that a policy's `data:` block asks for. Raises `PolicyError`."""
-    if spec.task is not None:
-        raise PolicyError(f"data.task: {spec.task} {NO_TOKENIZER}")
     unknown = sorted(set(spec.augment) - set(AUGMENTATIONS))
     if unknown:
         raise PolicyError(f"data.augment: {unknown[0]!r} is unknown. Choose from {', '.join(AUGMENTATIONS)}")

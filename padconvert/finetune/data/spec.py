@@ -26,6 +26,8 @@ class DataPolicy(Protocol):
     @property
     def text_columns(self) -> tuple[str, ...]: ...
     @property
+    def max_length(self) -> int: ...
+    @property
     def label_column(self) -> str: ...
     @property
     def input_key(self) -> str: ...
@@ -41,6 +43,8 @@ class DataPolicy(Protocol):
 
 #: as `label_key` or `label_column`: there are no labels
 NO_LABELS = "none"
+#: the label column where nobody names one
+DEFAULT_LABEL = "label"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,8 @@ class DataSpec:
     std: tuple[float, ...] = ()
     augment: tuple[str, ...] = ()
     text_columns: tuple[str, ...] = ()
-    label_column: str = "label"
+    max_length: int = 128
+    label_column: str = DEFAULT_LABEL
     input_key: str = "x"
     label_key: str = "y"
     size: tuple[int, int] | None = None

@@ -4,7 +4,8 @@ To add one, add a file with
 
 * `TAKES`: what it reads, in a few words for messages
 * `matches(ref)`: whether `ref`, as the user wrote it, is for this reader
-* `read(refs, spec)`: all of `refs` as one `Examples`, with the channels first and the raw values. Raises `FileError`
+* `read(refs, spec)`: all of `refs` as one `Examples`, with the channels first and the raw values, or as a `TextTable`
+  that is still to be tokenised. Raises `FileError`
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Protocol, cast
 from padconvert.errors import FileError
 from padconvert.finetune.data.examples import Examples
 from padconvert.finetune.data.spec import DataPolicy
+from padconvert.finetune.data.text import TextTable
 
 
 class Reader(Protocol):
@@ -26,7 +28,7 @@ class Reader(Protocol):
     TAKES: str
 
     def matches(self, ref: str) -> bool: ...
-    def read(self, refs: Sequence[str], spec: DataPolicy) -> Examples: ...
+    def read(self, refs: Sequence[str], spec: DataPolicy) -> Examples | TextTable: ...
 
 
 def readers() -> list[Reader]:
@@ -35,8 +37,11 @@ def readers() -> list[Reader]:
     return [cast(Reader, importlib.import_module(f"{__name__}.{name}")) for name in names]
 
 
-def read(refs: Sequence[str], spec: DataPolicy) -> Examples:
-    """All of `refs` as one set of examples. Raises `FileError` for what no reader, or more than one, takes."""
+def read(refs: Sequence[str], spec: DataPolicy) -> Examples | TextTable:
+    """All of `refs` as one set of examples, or of texts.
+
+    Raises `FileError` for what no reader, or more than one, takes.
+    """
     chosen = {ref: _reader_of(ref) for ref in refs}
     kinds = {reader.__name__.rpartition(".")[2] for reader in chosen.values()}
     if len(kinds) > 1:

@@ -1,4 +1,4 @@
-"""Tables: parquet, CSV, TSV and JSON lines, with numeric columns or a column of images. Read by `datasets`."""
+"""Tables: parquet, CSV, TSV and JSON lines, with columns of numbers, images or text. Read by `datasets`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from padconvert.finetune.data.arrays import concatenated
 from padconvert.finetune.data.examples import Examples, TensorExamples, checked
 from padconvert.finetune.data.extras import needed
 from padconvert.finetune.data.images import ImageExamples, Picture
-from padconvert.finetune.data.spec import NO_LABELS, DataPolicy, input_names
+from padconvert.finetune.data.spec import DEFAULT_LABEL, NO_LABELS, DataPolicy, input_names
+from padconvert.finetune.data.tasks import task_named
+from padconvert.finetune.data.text import TextFile, TextTable
 
 TAKES = ".parquet, .csv, .tsv, .jsonl (tables)"
 
@@ -38,17 +40,30 @@ def matches(ref: str) -> bool:
     return Path(ref).suffix.lower() in _FORMATS and not Path(ref).is_dir()
 
 
-def read(refs: Sequence[str], spec: DataPolicy) -> Examples:
-    """The rows of all files. Inputs are the columns that `input_key` names, else all but the label column.
+def read(refs: Sequence[str], spec: DataPolicy) -> Examples | TextTable:
+    """The rows of all files. Inputs are the text columns that the policy or its task name, else the columns that
+    `input_key` names, else all but the label column.
 
     Numeric columns become float32 [N, columns], a single column of number lists [N, …], an image column uint8
-    [N, C, H, W]. Raises `FileError`, for text columns too.
+    [N, C, H, W]; text is left to a tokenizer. Raises `FileError`.
     """
     paths = [Path(ref) for ref in refs]
     tables = [_Table(path, spec) for path in paths]
+    if any(table.text_columns for table in tables):
+        return _text_table(tables)
     if not any(table.image_column for table in tables):
         return concatenated([table.numbers() for table in tables], paths)
     return _image_examples(tables, spec)
+
+
+def _text_table(tables: Sequence[_Table]) -> TextTable:
+    first = tables[0]
+    for table in tables[1:]:
+        if table.text_columns != first.text_columns or (table.label_column is None) != (first.label_column is None):
+            raise FileError(f"{table.path}: does not fit {first.path}: other columns. Read them one by one")
+        if table.class_names != first.class_names:
+            raise FileError(f"{table.path}: does not fit {first.path}: other classes. Read them one by one")
+    return TextTable(tuple(table.text_file() for table in tables))
 
 
 def _image_examples(tables: Sequence[_Table], spec: DataPolicy) -> Examples:
@@ -73,10 +88,12 @@ class _Table:
         if len(self.dataset) == 0:
             raise FileError(_NO_ROWS.format(path))
         self.label_column = self._label_column(spec)
-        self.inputs = self._inputs(spec)
+        self.text_columns = self._text_columns(spec)
+        self.inputs = self.text_columns or self._inputs(spec)
+        if self.text_columns:
+            self._read_as_text()
         self.image_column = self._image_column()
-        self._refuse_text(spec)
-        self.labels = self._labels()
+        self.labels = None if self.text_columns else self._labels()
 
     @property
     def columns(self) -> list[str]:
@@ -119,6 +136,9 @@ class _Table:
             return spec.label_column
         if spec.label_column == NO_LABELS:
             return None
+        task = task_named(spec.task) if spec.label_column == DEFAULT_LABEL else None
+        if task and (found := next((name for name in task.labels if name in self.columns), None)):
+            return found
         raise FileError(
             f"{self.path}: has no column '{spec.label_column}' (it has {', '.join(self.columns)}). "
             f"Name it with --label-column or data.label_column, or set it to {NO_LABELS} when there are no labels"
@@ -149,16 +169,63 @@ class _Table:
             )
         return images[0] if images else None
 
-    def _refuse_text(self, spec: DataPolicy) -> None:
-        # the seam for text: a tokenizer would turn these columns into keyword inputs here
-        text = [name for name in self.inputs if self._dtype(name) in ("string", "large_string")]
-        text += [name for name in spec.text_columns if name not in text]
-        if text:
-            raise FileError(
-                f"{self.path}: column '{text[0]}' holds text, which this version cannot tokenize. Tokenize it into an "
-                ".npz with arrays such as input_ids, attention_mask and y, and set data.input_key: "
-                "input_ids,attention_mask; or choose numeric columns with data.input_key"
-            )
+    def _text_columns(self, spec: DataPolicy) -> list[str]:
+        """One column of texts or a pair: as named, as the task has them, or the only input; none for numbers."""
+        if spec.text_columns:
+            return self._named_text(spec.text_columns)
+        named = input_names(spec) != [_DEFAULT_INPUT]
+        task = None if named else task_named(spec.task)
+        for columns in task.texts if task else ():
+            if all(name in self.columns for name in columns):
+                return list(columns)
+        inputs = self._inputs(spec)
+        text = [name for name in inputs if self._is_text(name)]
+        if not text or len(text) == len(inputs) <= (2 if named else 1):
+            return text
+        raise FileError(
+            f"{self.path}: column '{text[0]}' holds text, and is not the only input (the inputs are "
+            f"{', '.join(inputs)}). Name one text column or a pair with --text-column or data.text_columns, or choose "
+            "numeric columns with data.input_key"
+        )
+
+    def _named_text(self, names: Sequence[str]) -> list[str]:
+        for name in names:
+            if name not in self.columns:
+                raise FileError(
+                    f"{self.path}: has no column '{name}' (it has {', '.join(self.columns)}). "
+                    "Correct --text-column or data.text_columns"
+                )
+            if name == self.label_column:
+                raise FileError(f"{self.path}: column '{name}' cannot be text and label. Name another --label-column")
+        if len(names) > 2:
+            raise FileError(f"{self.path}: {len(names)} text columns are named. A tokenizer takes one, or a pair")
+        return list(names)
+
+    def _read_as_text(self) -> None:
+        """Read a CSV again with its texts as they stand: at first sight '007' is a number and 'NA' an empty cell."""
+        if _FORMATS[self.path.suffix.lower()][0] == "from_csv":
+            words = [name for name in [self.label_column] if name is not None and self._is_text(name)]
+            self.dataset = _loaded(self.path, [*self.text_columns, *words])
+
+    def text_file(self) -> TextFile:
+        """The texts and labels, every cell of them filled."""
+        columns = {name: self._texts(name) for name in self.text_columns}
+        named = self.label_column
+        labels = self._texts(named) if named is not None and self._is_text(named) else self._labels()
+        return TextFile(self.path, columns, labels, named, self.class_names)
+
+    def _texts(self, name: str) -> list[str]:
+        where = f"{self.path}: column '{name}'"
+        if not self._is_text(name):
+            raise FileError(f"{where} holds {self.dataset.features[name]}, not text. Choose with --text-column")
+        texts: list[str | None] = self.dataset.with_format("arrow")[:].column(name).to_pylist()
+        empty = next((row for row, text in enumerate(texts) if text is None or not text.strip()), None)
+        if empty is not None:
+            raise FileError(f"{where}, row {empty} is empty. Fill or remove it")
+        return [text for text in texts if text is not None]
+
+    def _is_text(self, name: str) -> bool:
+        return self._dtype(name) in ("string", "large_string")
 
     def _dtype(self, name: str) -> str | None:
         dtype = getattr(self.dataset.features[name], "dtype", None)
@@ -167,7 +234,7 @@ class _Table:
     def _labels(self) -> Tensor | None:
         if self.label_column is None:
             return None
-        if self._dtype(self.label_column) in ("string", "large_string"):
+        if self._is_text(self.label_column):
             raise FileError(
                 f"{self.path}: label column '{self.label_column}' holds text. "
                 "Write the class numbers that the model was trained with"
@@ -190,10 +257,15 @@ class _Table:
         return torch.from_numpy(array.astype(np.float64 if array.dtype.kind == "f" else np.int64))
 
 
-def _loaded(path: Path) -> Any:
-    """The file as a `datasets.Dataset` in memory; its cache lives and dies in a temporary folder."""
+def _loaded(path: Path, text: Sequence[str] = ()) -> Any:
+    """The file as a `datasets.Dataset` in memory; its cache lives and dies in a temporary folder.
+
+    The columns `text` of a CSV are taken as they stand.
+    """
     datasets = needed("datasets", str(path))
     constructor, options = _FORMATS[path.suffix.lower()]
+    if text:
+        options = {**options, "converters": dict.fromkeys(text, str)}
     with tempfile.TemporaryDirectory() as cache, _quiet(datasets):
         try:
             read_file = getattr(datasets.Dataset, constructor)
