@@ -9,6 +9,7 @@ from pathlib import Path
 
 from padconvert.checkpoint.read import is_artefact
 from padconvert.errors import FileError
+from padconvert.load.directory_files import CONFIG, not_a_directory
 
 
 class InputKind(StrEnum):
@@ -59,9 +60,11 @@ def detect(path: str | os.PathLike[str]) -> InputKind:
 
 
 def _detect_folder(place: Path) -> InputKind:
-    if (place / "config.json").is_file():
-        return InputKind.TRANSFORMERS
-    raise FileError(f"{place}: a folder without config.json, so not a transformers model. Name the model's file.")
+    if is_artefact(place):
+        return InputKind.ARTEFACT
+    if not (place / CONFIG).exists() and not (place / CONFIG).is_symlink():
+        raise not_a_directory(place)
+    return InputKind.TRANSFORMERS
 
 
 def _detect_zip(place: Path) -> InputKind:
@@ -115,8 +118,6 @@ def refusal(kind: InputKind, path: str | os.PathLike[str]) -> FileError:
         case InputKind.TORCHSCRIPT:
             what = "TorchScript cannot be converted: export the model again with torch.export.save, save the module "
             what += "itself with torch.save, or give its state dict and --arch"
-        case InputKind.TRANSFORMERS:
-            what = "a transformers directory is not read yet: save the module itself with torch.save(model, 'model.pt')"
         case InputKind.ARTEFACT:
             what = "it is an artefact of padconvert already, not a source; padconvert.load(path) reads it"
         case _:

@@ -20,11 +20,12 @@ _CHUNK = 1 << 20
 class Source:
     """A saved model.
 
-    `kind` is "module", "state_dict", "checkpoint", "safetensors" or "exported". `module` is None where the file
-    holds tensors and nobody named a factory. `tensors` holds every parameter and persistent buffer once, by its first
-    name; `extra_tensors` what the architecture needs beside them. `architecture` is JSON: {"kind": "factory", "ref",
-    "args"}, {"kind": "skeleton", …}, {"kind": "graph", …} or {"kind": "none", "why"}. `sha256` is None where it was
-    not asked for.
+    `kind` is "module", "state_dict", "checkpoint", "safetensors", "exported" or "transformers". `module` is None where
+    the file holds tensors and nobody named a factory. `tensors` holds every parameter and persistent buffer once, by
+    its first name; `extra_tensors` what the architecture needs beside them. `architecture` is JSON: {"kind":
+    "factory", "ref", "args"}, {"kind": "skeleton", …}, {"kind": "graph", …}, {"kind": "transformers", "class", "dtype",
+    "config"} or {"kind": "none", "why"}. `sha256` is None where it was not asked for; a directory's is that of its
+    config, index and weight files together, its `bytes` are those of the weight files.
     `notes` are lines a person wants to read: what was taken, stripped, left unread.
     """
 
