@@ -16,6 +16,8 @@ from padconvert.errors import FileError, UnsafeError, UsageError
 from padconvert.load.detect import InputKind as InputKind
 from padconvert.load.detect import detect as detect
 from padconvert.load.detect import refusal
+from padconvert.load.directory import load_directory
+from padconvert.load.directory_build import rebuild_transformers
 from padconvert.load.exported import load_exported
 from padconvert.load.exported_lift import ExportedModule, build_exported
 from padconvert.load.exported_program import unpacked
@@ -56,6 +58,8 @@ def open_source(
         )
     if arch_args and not arch:
         raise UsageError("--arch-arg needs --arch, the factory that takes it.")
+    if place.is_dir() and detect(place) is InputKind.TRANSFORMERS:
+        return _open_directory(place, packages, arch, state_key, hash)
     kind, module, tensors, notes = _load(place, packages, state_key)
     if module is not None and architecture is not None:
         raise UsageError(f"{place}: holds a whole model, so --arch has nothing to build. Leave --arch away.")
@@ -80,6 +84,25 @@ def open_source(
         sha256_of(place) if hash else None,
         notes,
         extra,
+    )
+
+
+def _open_directory(place: Path, trust: tuple[str, ...], arch: str | None, key: str | None, hash: bool) -> Source:
+    for option, value in (("--arch", arch), ("--state-key", key)):
+        if value is not None:
+            raise UsageError(f"{option} {value}: {place} is a transformers directory, whose config.json says what it "
+                             f"holds. Leave {option} away.")  # fmt: skip
+    loaded = load_directory(place, trust)
+    check_finite(loaded.module, str(place))
+    return Source(
+        place,
+        "transformers",
+        loaded.module,
+        own_tensors(loaded.module),
+        loaded.architecture,
+        loaded.files.bytes,
+        loaded.files.sha256() if hash else None,
+        loaded.notes,
     )
 
 
@@ -136,6 +159,8 @@ def rebuild(
         case "graph":
             where = "the artefact's graph"
             return build_exported(unpacked(architecture, where), tensors, where, missing_ok)
+        case "transformers":
+            return rebuild_transformers(architecture, tensors, missing_ok)
         case "none":
             why = architecture.get("why")
             raise FileError(f"the artefact cannot rebuild its network ({why}). Load it with into=, a module of yours.")
