@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -27,7 +28,7 @@ from padconvert.plan import (
 )
 from padconvert.policy import Resolved, load_policy, router_names
 from padconvert.walk.info import LayerInfo, Walk
-from padconvert.words import Granularity, Kind, Reason, Role, Routing, Verdict
+from padconvert.words import Granularity, Kind, Place, Reason, Role, Routing, Verdict
 
 
 def layer(
@@ -40,11 +41,26 @@ def layer(
     reason: Reason = Reason.ELIGIBLE,
     aliases: tuple[str, ...] = (),
     dtype: str = "float32",
+    group: str = "",
+    place: Place = Place.ALONE,
+    causal: bool | None = None,
 ) -> LayerInfo:
     kind = {2: Kind.LINEAR, 3: Kind.CONV1D, 4: Kind.CONV2D, 5: Kind.CONV3D}[len(shape)]
     eligible = reason is Reason.ELIGIBLE
     type_ = {Kind.LINEAR: "Linear", Kind.CONV1D: "Conv1d", Kind.CONV2D: "Conv2d"}.get(kind, "Conv3d")
-    return LayerInfo(name, aliases, type_, kind, role, eligible, reason, shape, bias, groups, dtype)
+    block = {"group": group, "place": place, "causal": causal}
+    return LayerInfo(name, aliases, type_, kind, role, eligible, reason, shape, bias, groups, dtype, **block)  # type: ignore[arg-type]
+
+
+def block(prefix: str, d: int, h: int, *, gated: bool = False, **changed: Any) -> tuple[LayerInfo, ...]:
+    """A proven feed-forward block d → h → d, named for its first layer: up, in some gate, down."""
+    first = f"{prefix}up"
+    members = [(first, (h, d), Place.FIRST), (f"{prefix}down", (d, h), Place.LAST)]
+    members[1:1] = [(f"{prefix}gate", (h, d), Place.PEER)] if gated else []
+    return tuple(layer(n, shape, Role.FFN, group=first, place=place, **changed) for n, shape, place in members)
+
+
+GATED = Walk((*block("", 4, 6, gated=True), layer("lone", (8, 8), Role.LINEAR)), "forward")
 
 
 def tensors(walk: Walk) -> dict[str, tuple[tuple[int, ...], int]]:
@@ -65,7 +81,7 @@ NET = Walk(
         layer("layer1.depthwise", (32, 1, 3, 3), Role.DEPTHWISE, groups=32),
         layer("layer2.tied", (8, 8), Role.LINEAR, reason=Reason.TIED_WEIGHT),
         layer("layer2.attention", (8, 8), Role.ATTENTION),
-        layer("layer2.mlp", (12, 5), Role.FFN, aliases=("layer3.mlp",)),
+        layer("layer2.mlp", (12, 5), Role.LINEAR, aliases=("layer3.mlp",)),
         layer("fc", (10, 32), Role.HEAD),
     ),
     "tree",
@@ -169,8 +185,12 @@ def test_nothing_eligible_advises_only_what_can_help() -> None:
 
 
 def test_neuron_is_refused_by_name() -> None:
-    with pytest.raises(PolicyError, match=r"rules\[0\]\.granularity: 'neuron' .*layer2\.mlp"):
-        planned(rules=[{"role": "ffn", "granularity": "neuron"}])
+    with pytest.raises(PolicyError, match=r"rules\[0\]\.granularity: 'neuron' is for .*layer2\.mlp"):
+        planned(rules=[{"name": "*mlp", "granularity": "neuron"}])
+    with pytest.raises(PolicyError, match=r"^option --set .*: defaults\.granularity: 'neuron' is for .*layer1\.conv1"):
+        planned(defaults__granularity="neuron")
+    with pytest.raises(PolicyError, match=r"ffn\.granularity: 'neuron' is for .*use 'channel' or 'element' \(layer up"):
+        planned(GATED, ffn__granularity="neuron", ffn__level="linear")
 
 
 # ---- counts ----------------------------------------------------------------------------------------------------

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
-from padconvert.plan.count import exact_count, n_biases, n_entries, unit_size
+from padconvert.plan.count import exact_count, n_bias_units, n_biases, n_entries, unit_size
 from padconvert.plan.model import Cost, LayerPlan, Pool, Route
-from padconvert.words import Granularity
+from padconvert.words import Granularity, Place
 
 #: shape and bytes per number of every tensor of the source, each once
 TensorSizes = Mapping[str, tuple[tuple[int, ...], int]]
@@ -21,10 +21,15 @@ ROUTER_BYTES = 4  # fp32 whatever the layer's dtype
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """Numbers of one converted layer: entries of weight and bias in the source, and copies of the dynamic ones."""
+    """Numbers of one converted layer: entries of weight and bias in the source, and of one copy of the dynamic ones.
+
+    `stored` and `active` copies of those are in the file, and computed with for a token.
+    """
 
     source: int
     dynamic: int
+    stored: int
+    active: int
     mask_bytes: int
     router: int
     itemsize: int
@@ -43,27 +48,26 @@ def cost_of(
     network has them all.
     """
     pooled = {name for pool in pools for name in pool.names}
-    converted = [layer for layer in layers if layer.choice is not None]
-    parts = {layer.info.name: _parts(layer, pooled) for layer in converted}
-    experts = {layer.info.name: layer.choice.num_experts for layer in converted if layer.choice}
-    extra = {name: 0 if route == "data-free" else count - 1 for name, count in experts.items()}
-    # (name, dynamic numbers): a pool's weights count under its first layer, since K and dtype are the same for all
-    dynamic = [(name, part.dynamic) for name, part in parts.items()]
-    dynamic += [(pool.names[0], pool.target) for pool in pools]
+    parts = {layer.info.name: _parts(layer, pooled, route) for layer in layers if layer.choice is not None}
+    # a pool's weights count under its first layer, since copies and dtype are the same for all
+    dynamic = [(part, part.dynamic) for part in parts.values()]
+    dynamic += [(parts[pool.names[0]], pool.target) for pool in pools]
 
     numbers = sum(math.prod(shape) for shape, _ in tensors.values())
     bytes_source = sum(math.prod(shape) * itemsize for shape, itemsize in tensors.values())
-    copied = sum(n * extra[name] for name, n in dynamic)
-    copied_bytes = sum(n * extra[name] * parts[name].itemsize for name, n in dynamic)
+    copied = sum(n * (part.stored - 1) for part, n in dynamic)
+    copied_bytes = sum(n * (part.stored - 1) * part.itemsize for part, n in dynamic)
     source_bytes = sum(part.source * part.itemsize for part in parts.values())
     router = sum(part.router for part in parts.values())
     masks = sum(part.mask_bytes for part in parts.values())
-    full, full_bytes, full_router = _fully_dynamic(layers if asked is None else asked)
+    full = [_parts_at_one(layer) for layer in (layers if asked is None else asked) if layer.choice is not None]
+    full_router = sum(part.router for part in full)
+    full_bytes = sum(part.dynamic * (part.stored - 1) * part.itemsize for part in full)
     assert bytes_source >= source_bytes, "the source's tensors lack a layer that the walk found"
     return Cost(
         params_source=numbers,
         params_output=numbers + copied + router,
-        params_fully_dynamic=numbers + full + full_router,
+        params_fully_dynamic=numbers + sum(part.dynamic * (part.stored - 1) for part in full) + full_router,
         bytes_source=bytes_source,
         bytes_values=source_bytes + copied_bytes,
         bytes_masks=masks,
@@ -71,61 +75,72 @@ def cost_of(
         bytes_untouched=bytes_source - source_bytes,
         bytes_output=bytes_source + copied_bytes + masks + router * ROUTER_BYTES,
         bytes_fully_dynamic=bytes_source + full_bytes + full_router * ROUTER_BYTES,
+        params_active_output=numbers + sum(n * (part.active - 1) for part, n in dynamic) + router,
+        params_active_fully_dynamic=numbers + sum(part.dynamic * (part.active - 1) for part in full) + full_router,
     )
 
 
-def _fully_dynamic(layers: Sequence[LayerPlan]) -> tuple[int, int, int]:
-    """(further numbers, their bytes, router numbers) of the same layers at κ = 1, trained."""
-    full = full_bytes = router = 0
-    for layer in layers:
-        if layer.choice is not None:
-            copies = (n_entries(layer.info) + n_biases(layer.info)) * (layer.choice.num_experts - 1)
-            full += copies
-            full_bytes += copies * ITEMSIZE[layer.info.dtype]
-            router += _router_numbers(layer.choice.router, _channels(layer), layer.choice.num_experts)
-    return full, full_bytes, router
+def active_copies(stored: int, top_k: int) -> int:
+    """How many of the `stored` copies of its dynamic entries a layer computes with for one token: `top_k`, or the one
+    that is mixed out of all of them."""
+    return min(stored, max(top_k, 1))
+
+
+def _parts_at_one(layer: LayerPlan) -> _Parts:
+    """The same layer at κ = 1, trained: all is dynamic that can be."""
+    return _parts(replace(layer, n_dynamic=layer.n_units, n_bias_dynamic=n_bias_units(layer)), set(), "trained")
 
 
 def _channels(layer: LayerPlan) -> int:
     return layer.info.weight_shape[1] * layer.info.groups
 
 
-def _parts(layer: LayerPlan, pooled: set[str]) -> _Parts:
+def _parts(layer: LayerPlan, pooled: set[str], route: Route) -> _Parts:
     info, choice = layer.info, layer.choice
     assert choice is not None
     units, size = layer.n_units, unit_size(layer)
-    # A pool of filters decides how many of a layer's stay; their expected number stands in for indices and biases.
+    # A pool decides how many of a layer's units stay; their expected number stands in for indices and biases.
     expected = min(max(exact_count(choice.dynamic_ratio, units), 1), units - 1)
     dynamic = expected if layer.n_dynamic is None else layer.n_dynamic
     biases = dynamic * bool(info.has_bias) if layer.n_bias_dynamic is None else layer.n_bias_dynamic
     weights = 0 if info.name in pooled else dynamic * size
+    stored = 1 if route == "data-free" else choice.num_experts
     return _Parts(
         source=n_entries(info) + n_biases(info),
         dynamic=weights + biases,
-        mask_bytes=_mask_bytes(choice.granularity, dynamic, units) + _bias_mask_bytes(layer, biases),
-        router=_router_numbers(choice.router, _channels(layer), choice.num_experts),
+        stored=stored,
+        active=active_copies(stored, choice.top_k),
+        mask_bytes=_mask_bytes(layer, dynamic, units) + _bias_mask_bytes(layer, biases),
+        router=_router_numbers(choice.router, _channels(layer), choice.num_experts) if layer.has_router else 0,
         itemsize=ITEMSIZE[info.dtype],
     )
 
 
-def _mask_bytes(granularity: Granularity, dynamic: int, units: int) -> int:
-    """The bitmask over all entries, or the index of each dynamic filter; none where all units are alike."""
+def _mask_bytes(layer: LayerPlan, dynamic: int, units: int) -> int:
+    """The bitmask over all entries, or the index of each dynamic filter or hidden unit (which a block lists once,
+    under its first layer); none where all units are alike."""
     if not 0 < dynamic < units:
         return 0
-    match granularity:
+    assert layer.choice is not None
+    match layer.choice.granularity:
         case Granularity.ELEMENT:
-            return (units + 7) // 8
+            return _bitmask_bytes(units)
         case Granularity.CHANNEL:
             return INDEX_BYTES * dynamic
-    assert_never(granularity)
+        case Granularity.NEURON:
+            return INDEX_BYTES * dynamic if layer.place is Place.FIRST else 0
+    assert_never(layer.choice.granularity)
 
 
 def _bias_mask_bytes(layer: LayerPlan, dynamic: int) -> int:
-    """With `channel` the weight's index serves the bias too."""
+    """The weight's index serves the bias too."""
     assert layer.choice is not None
-    if layer.choice.granularity is Granularity.CHANNEL:
-        return 0
-    return _mask_bytes(layer.choice.granularity, dynamic, n_biases(layer.info))
+    by_entry = layer.choice.granularity is Granularity.ELEMENT
+    return _bitmask_bytes(n_biases(layer.info)) if by_entry and 0 < dynamic < n_biases(layer.info) else 0
+
+
+def _bitmask_bytes(entries: int) -> int:
+    return (entries + 7) // 8
 
 
 def _router_numbers(router: str, channels: int, experts: int) -> int:

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from padconvert.errors import NothingEligibleError, PolicyError
+from padconvert.plan.blocks import decided_as_blocks
 from padconvert.plan.cost import TensorSizes, cost_of
 from padconvert.plan.count import n_units, with_counts
 from padconvert.plan.model import LayerChoice, LayerPlan, Plan, Route
-from padconvert.plan.rules import first_matches, never_first
+from padconvert.plan.rules import first_matches, never_first, settings_for, with_origin
 from padconvert.policy import Policy, Resolved
 from padconvert.walk.info import LayerInfo, Walk
 from padconvert.words import Granularity, Kind, Reason, Role, Routing, Verdict
@@ -41,7 +42,10 @@ def make_plan(
     resolved = policy if isinstance(policy, Resolved) else Resolved(policy, {}, ())
     policy, notes = in_force(resolved.policy, route)
     first = first_matches(policy.rules, walk.layers, resolved.origins)
-    decided = [_decide(info, policy, rule) for info, rule in zip(walk.layers, first, strict=True)]
+    has_blocks = any(info.group for info in walk.layers)
+    single = [_decide(info, resolved, rule, has_blocks) for info, rule in zip(walk.layers, first, strict=True)]
+    decided, broken = decided_as_blocks(single, resolved)
+    notes += broken
     asked = [layer for layer in decided if layer.choice is not None]
     if not asked:
         raise NothingEligibleError(_nothing(decided))
@@ -72,45 +76,67 @@ def in_force(policy: Policy, route: Route) -> tuple[Policy, list[str]]:
     return policy.model_copy(update={"partition": partition}), [note]
 
 
-def _decide(info: LayerInfo, policy: Policy, rule: int | None) -> LayerPlan:
-    """The verdict on one layer. A rule that matches asks for conversion unless it says `convert: false`."""
+def _decide(info: LayerInfo, resolved: Resolved, rule: int | None, has_blocks: bool) -> LayerPlan:
+    """The verdict on one layer by itself. A rule that matches asks for conversion unless it says `convert: false`."""
+    policy = resolved.policy
     if not info.eligible:
         return LayerPlan(info, Verdict.INELIGIBLE, info.reason, rule, None, 0, 0, 0)
-    reason = _static_reason(info, policy, rule)
+    reason = _static_reason(info, policy, rule, has_blocks)
     if reason is not None:
         return LayerPlan(info, Verdict.STATIC, reason, rule, None, 0, 0, 0)
-    choice = _choice(info, policy, rule)
+    if info.role is Role.FFN and not info.group and settings_for(info, policy, rule).level == "ffn":
+        return LayerPlan(info, Verdict.INELIGIBLE, Reason.FFN_NOT_PROVEN, rule, None, 0, 0, 0)
+    choice = _choice(info, resolved, rule)
     units = n_units(info, choice.granularity)
     reason = Reason.POLICY_DEFAULT if rule is None else Reason.POLICY_RULE
     return LayerPlan(info, Verdict.CONVERT, reason, rule, choice, units, None, None)
 
 
-def _static_reason(info: LayerInfo, policy: Policy, rule: int | None) -> Reason | None:
+def _static_reason(info: LayerInfo, policy: Policy, rule: int | None, has_blocks: bool) -> Reason | None:
     if rule is not None:
         return Reason.POLICY_RULE if policy.rules[rule].convert is False else None
     if info.role in STATIC_ROLES:
         return STATIC_ROLES[info.role]
-    return None if policy.defaults.convert else Reason.POLICY_DEFAULT
+    if has_blocks and info.role is Role.LINEAR and not info.group:
+        return Reason.LINEAR_STATIC
+    return None if settings_for(info, policy, None).choice.convert else Reason.POLICY_DEFAULT
 
 
-def _choice(info: LayerInfo, policy: Policy, rule: int | None) -> LayerChoice:
-    settings = policy.defaults
-    if rule is not None:
-        settings = settings.model_copy(update=policy.rules[rule].overrides())
-    if settings.granularity == "neuron":
-        where = "defaults" if rule is None or policy.rules[rule].granularity is None else f"rules[{rule}]"
-        raise PolicyError(
-            f"{where}.granularity: 'neuron' is for whole feed-forward blocks, which are not converted yet; "
-            f"use 'channel' or 'element' (layer {info.name})"
-        )
-    return LayerChoice(
+def _choice(info: LayerInfo, resolved: Resolved, rule: int | None) -> LayerChoice:
+    """Raises PolicyError where the settings ask for what this layer cannot have."""
+    found = settings_for(info, resolved.policy, rule)
+    settings, is_linear = found.choice, info.kind is Kind.LINEAR
+    choice = LayerChoice(
         dynamic_ratio=settings.dynamic_ratio,
         num_experts=settings.num_experts,
         granularity=Granularity(settings.granularity),
         scales=settings.scales,
         router=settings.router,
-        routing=Routing(settings.routing) if info.kind is Kind.LINEAR else Routing.MAP,
+        routing=Routing(settings.routing) if is_linear else Routing.MAP,
+        top_k=settings.top_k if is_linear else 0,
+        group=info.group if found.level == "ffn" else "",
     )
+    fault = choice_fault(info, choice)
+    if fault is not None:
+        key, text = fault
+        raise PolicyError(f"{with_origin(found.path(key), resolved.origins)}: {text} (layer {info.name})")
+    return choice
+
+
+def choice_fault(info: LayerInfo, choice: LayerChoice) -> tuple[str, str] | None:
+    """The key that asks for the impossible, and why it is that."""
+    if choice.granularity is Granularity.NEURON and not choice.group:
+        why = "of feed-forward blocks at level 'ffn'"
+        return "granularity", f"'neuron' is for the hidden units {why}; use 'channel' or 'element'"
+    if choice.top_k > choice.num_experts:
+        return "top_k", f"{choice.top_k} is more than there are experts: 'num_experts' is {choice.num_experts}"
+    if choice.routing is Routing.SEQUENCE and info.causal:
+        why = "the layer is causal, and the mean over a sequence would tell each token of later ones"
+        return "routing", f"'sequence' cannot be: {why}; use 'token'"
+    if choice.group and choice.routing is Routing.TOKEN and choice.top_k == 0:
+        why = "at level 'ffn' all experts can be mixed for a whole sequence only"
+        return "top_k", f"0 cannot be with routing 'token': {why}; choose top_k ≥ 1, or routing: sequence"
+    return None
 
 
 def _nothing(layers: Sequence[LayerPlan]) -> str:
@@ -127,6 +153,10 @@ def _nothing(layers: Sequence[LayerPlan]) -> str:
 def _way_out(layers: Sequence[LayerPlan]) -> str:
     """What a policy could change, if it could change anything."""
     static = [layer for layer in layers if layer.verdict is Verdict.STATIC]
+    if any(layer.reason is Reason.FFN_NOT_PROVEN and layer.info.eligible for layer in layers):
+        return (
+            "With 'level: linear' (--set ffn.level=linear) layers of a block that is not proven convert by themselves"
+        )
     if not static:
         return (
             "No rule can change that. What can be converted are convolutions and linear layers that are called "

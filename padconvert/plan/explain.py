@@ -5,10 +5,11 @@ from __future__ import annotations
 from padconvert.errors import UsageError
 from padconvert.plan.count import n_entries
 from padconvert.plan.model import LayerPlan, Plan
+from padconvert.plan.rules import settings_for
 from padconvert.policy import Rule, did_you_mean, said_at
-from padconvert.words import Routing, Verdict
+from padconvert.words import Reason, Routing, Verdict
 
-SETTINGS = ("dynamic_ratio", "num_experts", "granularity", "scales", "router", "routing")
+SETTINGS = ("dynamic_ratio", "num_experts", "granularity", "scales", "router", "routing", "top_k")
 
 
 def explain_layer(plan: Plan, name: str) -> str:
@@ -19,7 +20,8 @@ def explain_layer(plan: Plan, name: str) -> str:
         raise UsageError(f"the plan has no layer {name!r}.{near} It has {len(plan.layers)} layers.")
     lines = [_head(layer), f"  {layer.verdict.value}: {_decision(plan, layer)} ({layer.reason.value})"]
     if layer.choice is not None:
-        lines += [f"  {_setting(plan, layer, key)}" for key in SETTINGS]
+        level = settings_for(layer.info, plan.policy, layer.rule).level
+        lines += [f"  {_setting(plan, layer, key)}" for key in (SETTINGS if level is None else (*SETTINGS, "level"))]
         lines.append(f"  {_count(plan, layer)}")
     return "\n".join(lines)
 
@@ -27,7 +29,8 @@ def explain_layer(plan: Plan, name: str) -> str:
 def _head(layer: LayerPlan) -> str:
     info = layer.info
     aliases = f", also called {', '.join(info.aliases)}" if info.aliases else ""
-    return f"{info.name}: {info.type}, role {info.role.value}, {n_entries(info):,} weight entries{aliases}"
+    block = f", {info.place.value} of the feed-forward block {info.group}" if info.group else ""
+    return f"{info.name}: {info.type}, role {info.role.value}, {n_entries(info):,} weight entries{aliases}{block}"
 
 
 def _decision(plan: Plan, layer: LayerPlan) -> str:
@@ -36,7 +39,9 @@ def _decision(plan: Plan, layer: LayerPlan) -> str:
     match layer.verdict:
         case Verdict.INELIGIBLE:
             ignored = f"; {by_rule} matches it in vain" if by_rule else ""
-            return f"{layer.reason.explanation}{detail}{ignored}"
+            alone = layer.info.eligible and layer.reason is Reason.FFN_NOT_PROVEN
+            way = "; 'level: linear' converts it by itself" if alone else ""
+            return f"{layer.reason.explanation}{detail}{ignored}{way}"
         case Verdict.STATIC if layer.rule is None or layer.reason.value != "policy_rule":
             return layer.reason.explanation + (f"; {by_rule} asked for it" if by_rule else "")
         case _:
@@ -51,12 +56,16 @@ def _rule(plan: Plan, index: int) -> str:
 
 
 def _setting(plan: Plan, layer: LayerPlan, key: str) -> str:
-    if key == "routing" and layer.choice is not None and layer.choice.routing is Routing.MAP:
-        return f"{key}: {layer.choice.routing}  # convolutions are always routed by the mean of their input map"
-    by_rule = layer.rule is not None and key in plan.policy.rules[layer.rule].overrides()
-    path = f"rules[{layer.rule}].{key}" if by_rule else f"defaults.{key}"
+    is_convolution = layer.choice is not None and layer.choice.routing is Routing.MAP
+    if is_convolution and key == "routing":
+        return f"{key}: {Routing.MAP}  # convolutions are always routed by the mean of their input map"
+    if is_convolution and key == "top_k":
+        return f"{key}: 0  # convolutions always mix all experts"
+    settings = settings_for(layer.info, plan.policy, layer.rule)
+    path = settings.path(key)
     said = said_at(plan.origins, path)
-    return f"{key}: {getattr(layer.choice, key)}  # {path}{f', {said}' if said else ''}"
+    value = settings.level if key == "level" else getattr(layer.choice, key)
+    return f"{key}: {value}  # {path}{f', {said}' if said else ''}"
 
 
 def _count(plan: Plan, layer: LayerPlan) -> str:
@@ -64,6 +73,6 @@ def _count(plan: Plan, layer: LayerPlan) -> str:
     if pool is None:
         return f"dynamic units: {layer.n_dynamic:,} of {layer.n_units:,}"
     return (
-        f"dynamic units: decided by the ranking over {len(pool.names)} layers, which keep {pool.target:,} of "
+        f"dynamic units: decided by the ranking over {len(pool.names):,} layers, which keep {pool.target:,} of "
         f"{pool.n_entries:,} entries together"
     )

@@ -7,13 +7,14 @@ from collections import Counter
 from pathlib import Path
 
 from padconvert.errors import FileError, PolicyError, UsageError
+from padconvert.plan.blocks import block_fault, blocks_of
 from padconvert.plan.count import n_units
-from padconvert.plan.decide import in_force
-from padconvert.plan.model import Plan, Route
+from padconvert.plan.decide import choice_fault, in_force
+from padconvert.plan.model import LayerChoice, LayerPlan, Plan, Route
 from padconvert.policy import Resolved, said_at, settings_of
 from padconvert.policy.records import record_from_dict, record_to_dict
-from padconvert.walk.info import Walk
-from padconvert.words import Verdict
+from padconvert.walk.info import LayerInfo, Walk
+from padconvert.words import Kind, Routing, Verdict
 
 SCHEMA = "padconvert.plan/1"
 MAX_BYTES = 64 << 20  # a layer takes about 1 KiB
@@ -68,13 +69,22 @@ def check_plan_fits(plan: Plan, walk: Walk, source_sha256: str | None) -> None:
         )
     planned = {layer.info.name: layer.info for layer in plan.layers}
     found = {info.name: info for info in walk.layers}
+    chosen = {layer.info.name: layer.choice for layer in plan.layers}
     for name in [*found, *(planned.keys() - found.keys())]:
         before, now = planned.get(name), found.get(name)
         if before is None or now is None:
             raise PolicyError(f"layer {name} is in the {'source' if now else 'plan'} only; {again}")
-        same = (before.type, before.weight_shape, before.dtype, before.has_bias, before.groups, before.eligible)
-        if same != (now.type, now.weight_shape, now.dtype, now.has_bias, now.groups, now.eligible):
+        if _shape_of(before) != _shape_of(now):
             raise PolicyError(f"layer {name} is not what the plan was made for; {again}")
+        choice = chosen.get(name)
+        if now.causal and choice is not None and choice.routing is Routing.SEQUENCE:
+            raise PolicyError(f"layer {name} is causal, and the plan routes it by its sequence; {again}")
+
+
+def _shape_of(info: LayerInfo) -> tuple[object, ...]:
+    """What a decision over a layer stands on."""
+    block = (info.group, info.place)
+    return (info.type, info.weight_shape, info.dtype, info.has_bias, info.groups, info.eligible, *block)
 
 
 def check_plan_terms(
@@ -116,4 +126,23 @@ def _inconsistency(plan: Plan) -> str | None:
             return f"layer {layer.info.name}: n_units {layer.n_units} is not what its weight has"
         if layer.n_dynamic is not None and not 0 <= layer.n_dynamic <= layer.n_units:
             return f"layer {layer.info.name}: n_dynamic {layer.n_dynamic} is not within its {layer.n_units} units"
+        fault = None if layer.choice is None else _choice_fault(layer, layer.choice)
+        if fault is not None:
+            return f"layer {layer.info.name}: {fault}"
+    for name, members in blocks_of(plan.layers).items():
+        as_one = any(member.choice is not None and member.choice.group for member in members)
+        fault = block_fault(name, members) if as_one else None
+        if fault is not None:
+            return f"feed-forward block {name}: {fault}"
     return None
+
+
+def _choice_fault(layer: LayerPlan, choice: LayerChoice) -> str | None:
+    if choice.group not in ("", layer.info.group):
+        return f"it belongs to no feed-forward block {choice.group}"
+    if (choice.routing is Routing.MAP) != (layer.info.kind is not Kind.LINEAR):
+        return f"a {layer.info.kind} layer is not routed by {choice.routing}"
+    if choice.routing is Routing.MAP and choice.top_k:
+        return "convolutions mix all experts, so top_k is 0"
+    fault = choice_fault(layer.info, choice)
+    return f"{fault[0]} {fault[1]}" if fault else None

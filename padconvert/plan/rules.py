@@ -3,12 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from padconvert.errors import PolicyError
-from padconvert.policy import Rule, did_you_mean, name_matcher, said_at
+from padconvert.policy import Choice, Policy, Rule, did_you_mean, name_matcher, said_at
 from padconvert.walk.info import LayerInfo
+from padconvert.words import Role
 
 Test = Callable[[LayerInfo], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the policy says of one layer: its section with the rule's overrides. `level` is None outside of blocks."""
+
+    choice: Choice
+    level: Literal["ffn", "linear"] | None
+    section: Literal["defaults", "ffn"]
+    rule: int | None
+    overrides: frozenset[str]
+
+    def path(self, key: str) -> str:
+        """The dotted key that gives `key`: the rule's, or that of the section."""
+        return f"rules[{self.rule}].{key}" if key in self.overrides else f"{self.section}.{key}"
+
+
+def settings_for(info: LayerInfo, policy: Policy, rule: int | None) -> Settings:
+    """The settings of a layer: those of `ffn` in a feed-forward block, else of `defaults`, as the rule changes them."""
+    in_block = info.role is Role.FFN or bool(info.group)
+    overrides = {} if rule is None else policy.rules[rule].overrides()
+    level = policy.ffn.level if rule is None or policy.rules[rule].level is None else policy.rules[rule].level
+    base: Choice = policy.ffn if in_block else policy.defaults
+    known = {key: value for key, value in overrides.items() if key in Choice.model_fields}
+    return Settings(
+        choice=base.model_copy(update=known),
+        level=level if in_block else None,
+        section="ffn" if in_block else "defaults",
+        rule=rule,
+        overrides=frozenset(overrides),
+    )
+
+
+def with_origin(path: str, origins: Mapping[str, str]) -> str:
+    """A dotted key as messages name it: with where it was said, if that is known."""
+    said = said_at(origins, path)
+    return f"{said}: {path}" if said else path
 
 
 def first_matches(rules: Sequence[Rule], layers: Sequence[LayerInfo], origins: Mapping[str, str]) -> list[int | None]:
@@ -60,14 +100,9 @@ def _no_match(index: int, rule: Rule, layers: Sequence[LayerInfo], origins: Mapp
             word = str(getattr(rule, key))
             path = f"rules[{index}].{key}"
             near = did_you_mean(word.removeprefix("re:"), _known(key, layers))
-            return f"{_where(path, origins)}{path}: {word!r} matches no layer.{near}"
+            return f"{with_origin(path, origins)}: {word!r} matches no layer.{near}"
     path = f"rules[{index}]"
-    return f"{_where(path, origins)}{path}: no layer meets all of {', '.join(_tests(rule))} at once."
-
-
-def _where(path: str, origins: Mapping[str, str]) -> str:
-    said = said_at(origins, path)
-    return f"{said}: " if said else ""
+    return f"{with_origin(path, origins)}: no layer meets all of {', '.join(_tests(rule))} at once."
 
 
 def _known(key: str, layers: Sequence[LayerInfo]) -> list[str]:
