@@ -90,8 +90,6 @@ class _Table:
         self.label_column = self._label_column(spec)
         self.text_columns = self._text_columns(spec)
         self.inputs = self.text_columns or self._inputs(spec)
-        if self.text_columns:
-            self._read_as_text()
         self.image_column = self._image_column()
         self.labels = None if self.text_columns else self._labels()
 
@@ -197,32 +195,35 @@ class _Table:
                 )
             if name == self.label_column:
                 raise FileError(f"{self.path}: column '{name}' cannot be text and label. Name another --label-column")
-        if len(names) > 2:
-            raise FileError(f"{self.path}: {len(names)} text columns are named. A tokenizer takes one, or a pair")
+        if len(names) > 2 or len(set(names)) < len(names):
+            raise FileError(
+                f"{self.path}: {', '.join(names)} are named as text. Name one column with --text-column, or two for pairs"
+            )
         return list(names)
-
-    def _read_as_text(self) -> None:
-        """Read a CSV again with its texts as they stand: at first sight '007' is a number and 'NA' an empty cell."""
-        if _FORMATS[self.path.suffix.lower()][0] == "from_csv":
-            words = [name for name in [self.label_column] if name is not None and self._is_text(name)]
-            self.dataset = _loaded(self.path, [*self.text_columns, *words])
 
     def text_file(self) -> TextFile:
         """The texts and labels, every cell of them filled."""
-        columns = {name: self._texts(name) for name in self.text_columns}
-        named = self.label_column
-        labels = self._texts(named) if named is not None and self._is_text(named) else self._labels()
-        return TextFile(self.path, columns, labels, named, self.class_names)
+        named = self.label_column if self.label_column is not None and self._is_text(self.label_column) else None
+        found = self._texts([*self.text_columns, *([] if named is None else [named])])
+        columns = {name: found[name] for name in self.text_columns}
+        labels = self._labels() if named is None else found[named]
+        return TextFile(self.path, columns, labels, self.label_column, self.class_names)
 
-    def _texts(self, name: str) -> list[str]:
-        where = f"{self.path}: column '{name}'"
-        if not self._is_text(name):
-            raise FileError(f"{where} holds {self.dataset.features[name]}, not text. Choose with --text-column")
-        texts: list[str | None] = self.dataset.with_format("arrow")[:].column(name).to_pylist()
-        empty = next((row for row, text in enumerate(texts) if text is None or not text.strip()), None)
-        if empty is not None:
-            raise FileError(f"{where}, row {empty} is empty. Fill or remove it")
-        return [text for text in texts if text is not None]
+    def _texts(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """The columns as they stand. In a CSV '007' is a number and 'NA' an empty cell, until it is read again."""
+        csv = _FORMATS[self.path.suffix.lower()][0] == "from_csv"
+        dataset = _loaded(self.path, names) if csv else self.dataset
+        found: dict[str, list[str]] = {}
+        for name in names:
+            where = f"{self.path}: column '{name}'"
+            if not csv and not self._is_text(name):
+                raise FileError(f"{where} holds {dataset.features[name]}, not text. Choose with --text-column")
+            texts: list[str | None] = dataset.with_format("arrow")[:].column(name).to_pylist()
+            empty = next((row for row, text in enumerate(texts) if text is None or not text.strip()), None)
+            if empty is not None:
+                raise FileError(f"{where}, row {empty} is empty. Fill or remove it")
+            found[name] = [text for text in texts if text is not None]
+        return found
 
     def _is_text(self, name: str) -> bool:
         return self._dtype(name) in ("string", "large_string")
@@ -260,12 +261,12 @@ class _Table:
 def _loaded(path: Path, text: Sequence[str] = ()) -> Any:
     """The file as a `datasets.Dataset` in memory; its cache lives and dies in a temporary folder.
 
-    The columns `text` of a CSV are taken as they stand.
+    With `text`, those columns of a CSV alone, as they stand.
     """
     datasets = needed("datasets", str(path))
     constructor, options = _FORMATS[path.suffix.lower()]
     if text:
-        options = {**options, "converters": dict.fromkeys(text, str)}
+        options = {**options, "usecols": list(text), "converters": dict.fromkeys(text, str), "na_filter": False}
     with tempfile.TemporaryDirectory() as cache, _quiet(datasets):
         try:
             read_file = getattr(datasets.Dataset, constructor)
