@@ -22,7 +22,7 @@ def mixed(layer: PadLayer, part: str, routing_BK: Tensor) -> Tensor:
     """W(b) = Σ_k π_k(b) W_k for every sample: [B, *shape] in the mixing dtype."""
     full = layer.expert_tensors(part)
     with without_autocast(full):
-        return (routing_BK.to(full.dtype) @ full.flatten(1)).reshape(len(routing_BK), *full.shape[1:])
+        return (routing_BK.to(full.dtype) @ full.flatten(1)).reshape(routing_BK.shape[0], *full.shape[1:])
 
 
 def convolve(layer: PadConv, x: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def narrow(layer: PadLinearMember, x: Tensor, call: Routed) -> Tensor:
         return aggregate.project_by(layer, x, call.routing)
     x_TH = x.reshape(-1, x.shape[-1])
     if layer.granularity is not Granularity.NEURON:
-        x_TJI = x_TH.reshape(len(x_TH), layer.top_k, layer.in_features)
+        x_TJI = x_TH.reshape(x_TH.shape[0], layer.top_k, layer.in_features)
         weight_KOI, bias_KO = _experts(layer, x.dtype)
         mixed_TO = _weighed_choice(x_TJI, weight_KOI, bias_KO, call)
         return mixed_TO.to(x.dtype).reshape(*call.lead, layer.out_features)
@@ -91,14 +91,14 @@ def _narrow_neurons(layer: PadLinearMember, x_TH: Tensor, call: Routed) -> Tenso
     """Σ_j π_j D_j h_j over the dynamic units, and once the static ones and the bias: [T, O] in the mixing dtype."""
     static_SO, dynamic_KDO = layer.cut_part("weight")
     n_static = 0 if static_SO is None else len(static_SO)
-    out_TO = x_TH.new_zeros(len(x_TH), layer.out_features)
+    out_TO = x_TH.new_zeros(x_TH.shape[0], layer.out_features)
     if static_SO is not None:
         out_TO = x_TH[:, :n_static] @ static_SO.to(x_TH.dtype)
     if layer.has_bias:
         out_TO = out_TO + layer.expert_tensors("bias")[0].to(x_TH.dtype)
     if dynamic_KDO is None:
         return out_TO
-    x_TJD = x_TH[:, n_static:].reshape(len(x_TH), layer.top_k, -1)
+    x_TJD = x_TH[:, n_static:].reshape(x_TH.shape[0], layer.top_k, -1)
     mixed_TO = _weighed_choice(x_TJD, dynamic_KDO.transpose(1, 2).to(x_TH.dtype), None, call)
     return out_TO.to(mixed_TO.dtype) + mixed_TO
 
@@ -127,7 +127,7 @@ def _every_choice(x_TI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None, call
     if torch.compiler.is_exporting():
         out_TKO = torch.einsum("ti,koi->tko", x_TI, weight_KOI)
         out_TKO = out_TKO if bias_KO is None else out_TKO + bias_KO
-        return out_TKO.take_along_dim(call.chosen_TJ[..., None].expand(-1, -1, out_TKO.shape[-1]), dim=1)
+        return out_TKO.gather(1, call.chosen_TJ[..., None].expand(-1, -1, out_TKO.shape[-1]))
     tokens, choices = call.chosen_TJ.shape
     rows_NI = x_TI.repeat_interleave(choices, 0)
     return _by_expert(rows_NI, weight_KOI, bias_KO, call.chosen_TJ.flatten()).reshape(tokens, choices, -1)
