@@ -33,6 +33,7 @@ test: $(STAMP)
 # Resumable: what is done is kept in .soak until the code changes.
 soak: $(STAMP)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m soak.run
+	@$(BIN)/python -m pytest -q -m slow tests/test_memory.py
 
 lint: $(STAMP)
 	@$(BIN)/ruff check

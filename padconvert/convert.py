@@ -17,6 +17,7 @@ from padconvert.finetune.objectives import dtype_of
 from padconvert.finetune.train import check_rounds, objective_of
 from padconvert.fold import fold_
 from padconvert.gates import accuracy_gate, hold, layers_gate, memory_gate, missed, size_gate, strict_gate
+from padconvert.load import least_memory
 from padconvert.load.opened import Opened, open_input
 from padconvert.neighbours import train_
 from padconvert.options import ConvertOptions
@@ -59,7 +60,7 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
         plan, why_not = _plan(opened, walked, resolved, options, data)
         if options.plan_out is not None:
             write_text(options.plan_out, plan_to_json(plan))
-        gates = _planned_gates(opened, plan, options)
+        gates = _planned_gates(opened, plan, options, data)
         clock.lap("plan")
         if options.dry_run:
             return _dry_run(opened, plan, walked, resolved, options, clock, gates)
@@ -133,11 +134,10 @@ def _check_not_read(target: Path, options: ConvertOptions) -> None:
 
 
 def _check_fits(source: Path, options: ConvertOptions) -> None:
-    """Raises GateError for a source whose file alone is larger than the memory it may take."""
-    if source.is_file():
-        gates = memory_gate(source.stat().st_size, options.max_memory)
-        if missed(gates):
-            hold(gates)
+    """Raises GateError for a source whose tensors alone take more memory than the run may."""
+    if options.max_memory is not None and source.is_file():
+        least = least_memory(source, options.state_key)
+        hold(missed(memory_gate(least, options.max_memory, "source_bytes")))
 
 
 # ---- plan --------------------------------------------------------------------------------------------------------
@@ -205,19 +205,27 @@ def _check_measurable(data: Data | None) -> None:
         raise UsageError(f"--max-accuracy-drop: the evaluation data has {what}, so there is no accuracy to measure.")
 
 
-def _planned_gates(opened: Opened, plan: Plan, options: ConvertOptions) -> tuple[Gate, ...]:
+def _planned_gates(opened: Opened, plan: Plan, options: ConvertOptions, data: Data | None) -> tuple[Gate, ...]:
     """The bounds that the plan decides. Raises GateError before any work where one is not met; a file may be refused
     here already, but is only admitted once it is written."""
-    least = least_file_bytes(plan) - opened.repeated_bytes
-    controls = options.compare or plan.policy.train.compare
+    peak = peak_memory(
+        plan,
+        controls=options.compare or plan.policy.train.compare,
+        train_samples=0 if data is None else len(data.train),
+        eval_samples=0 if data is None or data.eval is None else len(data.eval),
+    )
     return hold(
         (
             *strict_gate(options.strict),
             *layers_gate(len(plan.converted), options.require_layers),
-            *memory_gate(peak_memory(plan, controls=controls), options.max_memory),
-            *missed(size_gate(least, options.max_size)),
+            *memory_gate(peak, options.max_memory),
+            *missed(size_gate(_least_bytes(opened, plan), options.max_size, "tensor_bytes")),
         )
     )
+
+
+def _least_bytes(opened: Opened, plan: Plan) -> int:
+    return least_file_bytes(plan) - opened.repeated_bytes
 
 
 def _going_on(opened: Opened, policy: Policy) -> Policy:
@@ -236,6 +244,10 @@ def _dry_run(
     clock: Clock,
     gates: tuple[Gate, ...],
 ) -> Conversion:
+    notes = _notes(opened, resolved, plan, walked, None)
+    if options.max_size is not None:
+        least = f"at least {_least_bytes(opened, plan):,} bytes of tensors, and a header comes on top"
+        notes += (f"--max-size {options.max_size:,} is decided by the written file: it will have {least}",)
     return Conversion(
         source=SourceFile(str(opened.path), opened.kind, opened.bytes, opened.sha256),
         output=None,
@@ -247,7 +259,7 @@ def _dry_run(
         seed=options.seed,
         timing=clock.laps,
         warnings=(),
-        notes=_notes(opened, resolved, plan, walked, None),
+        notes=notes,
         plan_file=_name(options.plan_out),
         gates=gates,
     )

@@ -22,6 +22,7 @@ UNITS = {"": 1, "B": 1} | {
 }
 _UNITS = {unit.upper(): factor for unit, factor in UNITS.items()}
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([a-zA-Z]*)")
+_COUNTED = "weights, gradients, optimizer state, scoring; not data, activations and torch itself"
 #: accuracies are quotients of small counts: a difference that equals the bound must not fail by its last bit
 _ROUNDING = 1e-12
 
@@ -66,22 +67,22 @@ def check_strict(unsafe: Iterable[str]) -> None:
 
 def strict_gate(strict: bool) -> tuple[Gate, ...]:
     """A run that got this far with --strict used no option that it refuses."""
-    return (Gate("strict", 0, 0, True),) if strict else ()
+    return (Gate("strict", 0, 0, True, "options"),) if strict else ()
 
 
 def layers_gate(converted: int, bound: int | None) -> tuple[Gate, ...]:
     """Layers that the plan converts, at least `bound`; () without a bound, as in all that follow."""
-    return () if bound is None else (Gate("require_layers", converted, bound, converted >= bound),)
+    return () if bound is None else (Gate("require_layers", converted, bound, converted >= bound, "layers"),)
 
 
-def size_gate(size: int, bound: int | None) -> tuple[Gate, ...]:
-    """Bytes of the file, at most `bound`."""
-    return () if bound is None else (Gate("max_size", size, bound, size <= bound),)
+def size_gate(size: int, bound: int | None, measured: str = "file_bytes") -> tuple[Gate, ...]:
+    """Bytes of the file, at most `bound`; or "tensor_bytes", which it has at least."""
+    return () if bound is None else (Gate("max_size", size, bound, size <= bound, measured),)
 
 
-def memory_gate(peak: int, bound: int | None) -> tuple[Gate, ...]:
-    """Bytes of memory at the run's peak as `plan.memory` estimates them, at most `bound`."""
-    return () if bound is None else (Gate("max_memory", peak, bound, peak <= bound),)
+def memory_gate(size: int, bound: int | None, measured: str = "estimated_bytes") -> tuple[Gate, ...]:
+    """Bytes of memory at the run's peak as `plan.memory` estimates them, at most `bound`; or "source_bytes"."""
+    return () if bound is None else (Gate("max_memory", size, bound, size <= bound, measured),)
 
 
 def accuracy_gate(source: Metrics, output: Metrics, bound: float | None) -> tuple[Gate, ...]:
@@ -89,7 +90,7 @@ def accuracy_gate(source: Metrics, output: Metrics, bound: float | None) -> tupl
     if bound is None:
         return ()
     drop = source["accuracy"] - output["accuracy"]
-    return (Gate("max_accuracy_drop", drop, bound, drop <= bound + _ROUNDING),)
+    return (Gate("max_accuracy_drop", drop, bound, drop <= bound + _ROUNDING, "accuracy"),)
 
 
 def missed(gates: Iterable[Gate]) -> tuple[Gate, ...]:
@@ -107,14 +108,18 @@ def hold(gates: Sequence[Gate]) -> tuple[Gate, ...]:
 
 def said(gate: Gate) -> str:
     """A gate in words: what was measured, and its bound."""
-    match gate.name:
-        case "strict":
+    match gate.measured:
+        case "options":
             return "no option runs or trusts code"
-        case "require_layers":
+        case "layers":
             return f"layers converted {gate.value} (at least {gate.bound})"
-        case "max_size":
+        case "file_bytes":
             return f"bytes of the file {gate.value:,} (at most {gate.bound:,})"
-        case "max_memory":
-            return f"bytes of memory, estimated {gate.value:,} (at most {gate.bound:,})"
+        case "tensor_bytes":
+            return f"at least {gate.value:,} bytes of tensors, header not counted (at most {gate.bound:,} in the file)"
+        case "estimated_bytes":
+            return f"bytes of memory, estimated {gate.value:,} (at most {gate.bound:,}; {_COUNTED})"
+        case "source_bytes":
+            return f"the source's tensors alone take {gate.value:,} bytes of memory (at most {gate.bound:,})"
         case _:
             return f"accuracy lost {gate.value:.4f} (at most {gate.bound:g})"

@@ -105,12 +105,18 @@ class Comparison:
 @dataclass(frozen=True, slots=True)
 class Gate:
     """A bound that the user set, and what was measured: bytes, a number of layers, or a fraction for an accuracy.
-    `name` is the option's, with underscores."""
+    `name` is the option's, with underscores; `measured` says what `value` is:
+
+    "file_bytes" of the written file · "tensor_bytes" that it has at least, header not counted (a refusal before any
+    work) · "estimated_bytes" of memory at the peak · "source_bytes" of the source's tensors, which are the least that
+    is held · "layers" · "accuracy" · "options"
+    """
 
     name: str
     value: float
     bound: float
     passed: bool
+    measured: str
 
 
 @dataclass(frozen=True, slots=True)

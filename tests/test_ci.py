@@ -118,7 +118,7 @@ def test_the_workflow_runs_and_its_documents_hold_what_is_read(
         assert keys_of(expression)
         for path in keys_of(expression):
             assert holds(documents["convert"], path), path
-    assert {"name", "value", "bound", "passed"} == set(documents["convert"]["gates"][0])
+    assert {"name", "value", "bound", "passed", "measured"} == set(documents["convert"]["gates"][0])
     assert {"name", "allowed"} <= set(documents["inspect"]["names"][0])
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from padconvert.checkpoint.header import read_header
 from padconvert.errors import FileError, UnsafeError, UsageError
 from padconvert.load.detect import InputKind as InputKind
 from padconvert.load.detect import detect as detect
@@ -23,7 +24,7 @@ from padconvert.load.exported_lift import ExportedModule, build_exported
 from padconvert.load.exported_program import unpacked
 from padconvert.load.factory import architecture_of, build_factory, check_factory_trusted, put_tensors_, without_prefix
 from padconvert.load.names import check_trust, may_be_trusted
-from padconvert.load.pickled_file import Loaded, load_pickled
+from padconvert.load.pickled_file import Loaded, load_pickled, network_bytes
 from padconvert.load.safetensors_file import load_safetensors
 from padconvert.load.skeleton import module_from as module_from
 from padconvert.load.skeleton import skeleton_of as skeleton_of
@@ -120,6 +121,21 @@ def _load(path: Path, trust: tuple[str, ...], key: str | None) -> Loaded:
             return load_exported(path)
         case other:
             raise refusal(other, path)
+
+
+def least_memory(path: Path, key: str | None = None) -> int:
+    """Bytes of the tensors that whoever opens the file will hold, told before any is read; 0 where that is not known.
+
+    Raises FileError, UnsafeError and UsageError as `open_source` does.
+    """
+    kind = detect(path)
+    match kind:
+        case InputKind.PICKLE:
+            return network_bytes(path, key)
+        case InputKind.SAFETENSORS | InputKind.ARTEFACT:
+            return sum(slot.nbytes for slot in read_header(path).tensors.values())
+        case _:
+            return 0
 
 
 def describe(module: nn.Module, trust: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, Tensor]]:

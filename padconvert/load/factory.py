@@ -205,7 +205,7 @@ def check_factory_trusted(architecture: Mapping[str, Any], trust: tuple[str, ...
     if not may_be_trusted(module):
         raise UnsafeError(
             f"the file asks for {ref} to rebuild its network, which is no function of a package of models: no --trust "
-            "allows it. If the file is yours, name the function that builds its network by --arch package.module:factory, "
+            "allows it. If the file is yours, name the function that builds its network by --arch package.module:make, "
             "or load it into a module of your own with into=."
         )
     if not inside(module, trust):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,8 +12,9 @@ from torch import Tensor, nn
 from padconvert.errors import FileError
 from padconvert.load.build import build
 from padconvert.load.names import check_names
-from padconvert.load.nodes import ObjectNode, TableNode, TensorNode, View
+from padconvert.load.nodes import ObjectNode, TableNode, TensorNode, View, walk
 from padconvert.load.reader import Pickled, read
+from padconvert.load.reductions import DTYPE_BYTES
 from padconvert.load.state_dict import find_network, tensor_names
 
 Loaded = tuple[str, nn.Module | None, Mapping[str, Tensor], tuple[str, ...]]
@@ -30,6 +33,20 @@ def load_pickled(path: Path, trust: tuple[str, ...], key: str | None = None) -> 
         return found.kind, _module(pickled, found.node, trust, path), {}, found.notes
     tensors, notes = _tensors(pickled, found.node, path)
     return found.kind, None, tensors, (*found.notes, *notes)
+
+
+def network_bytes(path: Path, key: str | None = None) -> int:
+    """Bytes of the tensors of the network that `load_pickled` would take, from the pickle alone: none is built.
+
+    Raises as `load_pickled` does, but for names.
+    """
+    pickled = read(path)
+    seen: Counter[str] = Counter()
+    for node in walk(find_network(pickled.tree.root, str(path), key).node):
+        if isinstance(node, TensorNode) and isinstance(node.source, View):
+            seen[node.source.storage] += math.prod(node.source.size) * DTYPE_BYTES[node.source.dtype]
+    # tensors that share a storage, or show it expanded, hold it once
+    return sum(min(size, pickled.storages.regions[storage].size) for storage, size in seen.items())
 
 
 def _module(pickled: Pickled, node: ObjectNode, trust: tuple[str, ...], path: Path) -> nn.Module:
