@@ -197,7 +197,8 @@ class _Table:
                 raise FileError(f"{self.path}: column '{name}' cannot be text and label. Name another --label-column")
         if len(names) > 2 or len(set(names)) < len(names):
             raise FileError(
-                f"{self.path}: {', '.join(names)} are named as text. Name one column with --text-column, or two for pairs"
+                f"{self.path}: {', '.join(names)} are named as text. "
+                "Name one column with --text-column, or two for pairs"
             )
         return list(names)
 
