@@ -34,6 +34,7 @@ from padconvert.precision import HALF, upcast_
 from padconvert.results import Check, Equality, Verification
 from padconvert.rewrite import pad_layers
 from padconvert.surroundings import settled
+from padconvert.verify_hf import check_loader, transformers_checks
 from padconvert.walk.probe import InputSpec, ProbeSpec, call, flat_outputs
 from padconvert.walk.quiet import device_of, evaluating, untouched
 
@@ -195,7 +196,7 @@ def probe_check(checkpoint: Checkpoint, model: nn.Module) -> Check:
     """The model's outputs on the manifest's probe against the recorded ones, relative to max|y|."""
     record = checkpoint.manifest.probe
     if record is None:
-        why = "none was stored: the model could not be called when it was made"
+        why = "none was stored: the model could not be called when it was made, or was trained and saved again since"
         return Check("probe", True, None, None, why, held=False)
     try:
         args, kwargs = spec_of(record).make(record.batch, device_of(model))
@@ -235,21 +236,26 @@ def verify(
     trust: Sequence[str] = (),
     state_key: str | None = None,
     device: str = "cpu",
+    loader: str | None = None,
 ) -> Verification:
     """Hold an artefact against what was recorded when it was made, and against its source if that is named.
 
     Checks: every tensor's crc32, that it loads, its probe; with `against` the source's sha256 and, for an artefact
     that was not trained, equal outputs; with `data` its metrics, read as the artefact's policy says (held against the
     source's where both are named, else only measured). Of another file than the source only the sha256 is held.
+    `loader` "hf": a transformers directory is loaded by transformers too, with and without padconvert.hf.
     Raises FileError where it cannot be read at all, UnsafeError where loading it needs code that nobody trusts.
     """
     checkpoint = read_checkpoint(artefact)
+    check_loader(loader, checkpoint)
     checks = [_checksums(checkpoint)]
     if checks[0].passed:
         with settled(device) as place:
             into = build_factory(architecture_of(arch, arch_args or {})) if arch else None
             model = load_checkpoint(checkpoint, into=into, trust=trust).to(place)
             checks += [Check("loads", True, None, None), probe_check(checkpoint, model)]
+            if loader is not None:
+                checks += transformers_checks(checkpoint, model, _recorded_call(checkpoint, place))
             options = ConvertOptions(arch=arch, arch_args=arch_args or {}, trust=tuple(trust), state_key=state_key)
             source = None if against is None else _open_against(against, options, place)
             if source is not None:
@@ -259,6 +265,11 @@ def verify(
             if data:
                 checks.append(_metrics_check(checkpoint, model, source, data, place))
     return Verification(str(artefact), tuple(checks), all(check.passed for check in checks))
+
+
+def _recorded_call(checkpoint: Checkpoint, device: torch.device) -> Call | None:
+    record = checkpoint.manifest.probe
+    return None if record is None else spec_of(record).make(record.batch, device)
 
 
 def _open_against(path: Path, options: ConvertOptions, device: torch.device) -> Source:

@@ -27,7 +27,7 @@ OPTIONS = {
     "--work-dir --seed --device --dry-run --plan-out --force --json --report --quiet -q --max-accuracy-drop --max-size "
     "--max-memory --require-layers --strict",
     "inspect": "--policy --preset --set --arch --arch-arg --input-shape --trust --state-key --audit --json",
-    "verify": "--against --data --arch --arch-arg --trust --state-key --device --json",
+    "verify": "--against --data --loader --arch --arch-arg --trust --state-key --device --json",
     "export": "--output -o --format --trust --force --json",
     "doctor": "--json",
 }

@@ -45,7 +45,7 @@ class FolderPlan:
 def examine_folder(folder: Path) -> FolderPlan:
     """Reads config.json and the index of a folder. Raises FileError where a file is damaged or missing, or where the
     index names one that is not plainly inside the folder."""
-    config = _read_object(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    config = read_object(folder / CONFIG) if (folder / CONFIG).exists() else {}
     weight_map, of_index = _read_index(folder)
     files = (SINGLE,) if weight_map is None else tuple(sorted(set(weight_map.values())))
     for name in files:
@@ -53,7 +53,7 @@ def examine_folder(folder: Path) -> FolderPlan:
             raise FileError(f"{folder}: {name} is missing{_why(weight_map)}. Copy the whole folder again.")
     if (mine := own_part(config)) is not None:
         rest = {key: value for key, value in config.items() if key != "quantization_config"}
-        return FolderPlan(files, weight_map, _metadata_of(mine), rest)
+        return FolderPlan(files, weight_map, metadata_in(mine), rest)
     metadata = read_metadata(folder / SINGLE) if weight_map is None else of_index
     return FolderPlan(files, weight_map, metadata, None)
 
@@ -65,10 +65,10 @@ def _why(weight_map: Mapping[str, str] | None) -> str:
 def carries_manifest(folder: Path) -> bool:
     """Whether the folder is an artefact of padconvert, damaged perhaps."""
     try:
-        if (folder / CONFIG).is_file() and own_part(_read_object(folder / CONFIG)) is not None:
+        if (folder / CONFIG).is_file() and own_part(read_object(folder / CONFIG)) is not None:
             return True
         if (folder / INDEX).is_file():
-            return KEY in _texts(_read_object(folder / INDEX).get("metadata"))
+            return KEY in _texts(read_object(folder / INDEX).get("metadata"))
         return (folder / SINGLE).is_file() and KEY in read_metadata(folder / SINGLE)
     except FileError:
         return False
@@ -80,7 +80,8 @@ def own_part(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return part if isinstance(part, dict) and part.get("quant_method") == METHOD else None
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises FileError."""
     with open_regular(path) as file:
         text = file.read(MAX_HEADER + 1)
     if len(text) > MAX_HEADER:
@@ -106,7 +107,7 @@ def _read_index(folder: Path) -> tuple[dict[str, str] | None, dict[str, str]]:
         return None, {}
     if (folder / SINGLE).exists():
         raise FileError(f"{folder}: holds both {SINGLE} and {INDEX}; take away the one that is out of date.")
-    document = _read_object(path)
+    document = read_object(path)
     weight_map = document.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileError(f"{path}: has no 'weight_map'.")
@@ -136,7 +137,7 @@ def config_with(config: Mapping[str, Any], manifest: Manifest, specs: Mapping[st
     return {**config, "quantization_config": part}
 
 
-def _metadata_of(part: Mapping[str, Any]) -> dict[str, str]:
+def metadata_in(part: Mapping[str, Any]) -> dict[str, str]:
     """The manifest's text, as `config_with` had it, and its checksum."""
     document = {key: value for key, value in part.items() if key not in ("quant_method", CRC_KEY)}
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

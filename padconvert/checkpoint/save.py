@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import padconvert
-from padconvert.checkpoint.layout import join
+from padconvert.checkpoint.layout import join, placeholders
 from padconvert.checkpoint.manifest import LayerEntry, Manifest, ProbeInput, ProbeRecord, Provenance
 from padconvert.checkpoint.probe_record import fits, record_outputs
+from padconvert.checkpoint.tensor_bytes import place_of
 from padconvert.checkpoint.write import WrittenFile, write_checkpoint
 from padconvert.checkpoint.write_folder import write_folder
 from padconvert.errors import UsageError
@@ -92,6 +93,24 @@ def model_tensors(model: nn.Module, entries: Iterable[LayerEntry]) -> dict[str, 
                     if key in tensors:
                         tensors[key] = tensors[key][:1]
     return tensors
+
+
+def directory_tensors(model: nn.Module, entries: Sequence[LayerEntry]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a transformers directory stores of a model, and the further names of its tied tensors.
+
+    A tied tensor is stored under the name that the model ties the others to, as transformers does. Each converted
+    layer has a placeholder (see `layout.placeholders`).
+    """
+    tensors = model_tensors(model, entries)
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    aliases = {
+        name: kept
+        for name, kept in tied.items()
+        if name in tensors and kept in tensors and place_of(tensors[name]) == place_of(tensors[kept])
+    }
+    for name, (dtype, shape) in placeholders(entries).items():
+        tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+    return {name: tensor for name, tensor in tensors.items() if name not in aliases}, aliases
 
 
 def record_probe(model: nn.Module, probe: ProbeSpec) -> ProbeRecord | None:

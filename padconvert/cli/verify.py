@@ -29,6 +29,14 @@ def verify(
             help="Labelled data to measure on, read as the artefact's policy says (layout, scale …). Repeatable.",
         ),
     ] = None,
+    loader: Annotated[
+        str | None,
+        typer.Option(
+            metavar="hf",
+            help="Load a transformers directory by transformers too: the same outputs after 'import padconvert.hf', "
+            "an error without it.",
+        ),
+    ] = None,
     arch: arg.Arch = None,
     arch_arg: arg.ArchArg = None,
     trust: arg.Trust = None,
@@ -48,7 +56,7 @@ def verify(
 
     result = verify_artefact(
         artefact, against=against, data=tuple(data or ()), arch=arch, arch_args=arguments, trust=tuple(trust or ()),
-        state_key=state_key, device=device,
+        state_key=state_key, device=device, loader=loader,
     )  # fmt: skip
     run.show(result, as_json=as_json)
     if not result.passed:

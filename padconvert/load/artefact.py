@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from padconvert.checkpoint.layout import expected_tensors, join
+from padconvert.checkpoint.fill import all_names_inside, filled_layer
+from padconvert.checkpoint.layout import join
 from padconvert.checkpoint.manifest import LayerEntry
 from padconvert.checkpoint.read import Checkpoint, read_checkpoint
 from padconvert.errors import FileError, UnsafeError
-from padconvert.layers.build import build_layer
-from padconvert.layers.pad import PadLayer
+from padconvert.layers.ffn import join_groups_
 from padconvert.load import rebuild
 from padconvert.rewrite import swap_
 
@@ -43,7 +43,7 @@ def load_checkpoint(checkpoint: Checkpoint, *, into: nn.Module | None = None, tr
 
 def _loaded(checkpoint: Checkpoint, into: nn.Module | None, trust: Sequence[str]) -> nn.Module:
     manifest = checkpoint.manifest
-    inside = {name for entry in manifest.layers for name in _names_inside(entry)}
+    inside = {name for entry in manifest.layers for name in all_names_inside(entry)}
     kept = {name: tensor for name, tensor in checkpoint.tensors(copy=True).items() if name not in inside}
     absent = {join(name, part) for e in manifest.layers for name in (e.name, *e.aliases) for part in ("weight", "bias")}
     if into is None:
@@ -51,32 +51,16 @@ def _loaded(checkpoint: Checkpoint, into: nn.Module | None, trust: Sequence[str]
     else:
         model = into
         _fill(model, {name: t for name, t in kept.items() if name not in manifest.extra_tensors}, absent)
-    built = {entry.name: _built(checkpoint, entry) for entry in manifest.layers}
+    built = {
+        entry.name: filled_layer(entry, lambda name, at=entry.name: checkpoint.tensor(join(at, name), copy=True))  # type: ignore[misc]
+        for entry in manifest.layers
+    }
     _check_places(model, manifest.layers)
     swap_(model, {name: built[entry.name] for entry in manifest.layers for name in (entry.name, *entry.aliases)})
+    join_groups_(model)
     if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
         raise FileError("it holds no values for a part of its network. Make it again from its source.")
     return model.eval()
-
-
-def _names_inside(entry: LayerEntry) -> list[str]:
-    """All names that the tensors of a converted layer have in the file, those of its aliases too."""
-    own = [name[len(join(entry.name, "")) :] for name in expected_tensors(entry)]
-    return [join(prefix, name) for prefix in (entry.name, *entry.aliases) for name in own]
-
-
-def _built(checkpoint: Checkpoint, entry: LayerEntry) -> PadLayer:
-    """The layer with its stored values; equal experts are expanded to all K."""
-    layer = build_layer(entry.facts)
-    state: dict[str, Tensor] = {}
-    for name in expected_tensors(entry):
-        tensor = checkpoint.tensor(name, copy=True)
-        own = name[len(join(entry.name, "")) :]
-        if entry.equal_experts and own.endswith("_dynamic"):
-            tensor = tensor.expand(entry.facts.num_experts, *tensor.shape[1:]).clone()
-        state[own] = tensor
-    layer.load_state_dict(state)
-    return layer
 
 
 def _check_places(model: nn.Module, entries: Sequence[LayerEntry]) -> None:
@@ -84,7 +68,9 @@ def _check_places(model: nn.Module, entries: Sequence[LayerEntry]) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     for entry in entries:
         weight = getattr(modules.get(entry.name), "weight", None)
-        if weight is None or tuple(weight.shape) != entry.facts.weight_shape:
+        # transformers' Conv1D stores [in, out]
+        order = -1 if entry.facts.transposed else 1
+        if weight is None or tuple(weight.shape)[::order] != entry.facts.weight_shape:
             there = "no layer" if weight is None else f"a layer of shape {list(weight.shape)}"
             raise FileError(
                 f"the module has {there} named '{entry.name}', the artefact one of shape "

@@ -39,7 +39,7 @@ def load_pretrained(
     """
     made = config_for(cls, config, where)
     loader: Any = cls
-    with _alone(where), _bounds(len(tensors), _bytes(tensors.values()), where), _plain_failure(cls, where):
+    with alone(where), _bounds(len(tensors), _bytes(tensors.values()), where), _plain_failure(cls, where):
         module, info = loader.from_pretrained(
             None, config=made, state_dict=dict(tensors), dtype=dtype, local_files_only=True, trust_remote_code=False,
             ignore_mismatched_sizes=True, output_loading_info=True,
@@ -64,12 +64,12 @@ def rebuild_transformers(
     cls = model_class(architecture.get("class"), where)
     plain = plain_config(config, where)
     parts, size = len(tensors) + len(missing_ok), _bytes(tensors.values())
-    with _alone(where), _bounds(parts, size, where), _plain_failure(cls, where):
+    with alone(where), _bounds(parts, size, where), _plain_failure(cls, where):
         with torch.device("meta"), _default_dtype(dtype):
             outline: nn.Module = cls(_with_dtype(config_for(cls, plain, where), dtype))
         _check_fit(outline, tensors, missing_ok, where)
     # once more for the buffers' values: what is not stored can only be computed
-    with _alone(where), _bounds(parts, size, where, meta=True), _plain_failure(cls, where), _default_dtype(dtype):
+    with alone(where), _bounds(parts, size, where, meta=True), _plain_failure(cls, where), _default_dtype(dtype):
         module: nn.Module = cls(_with_dtype(config_for(cls, plain, where), dtype))
     _put_(module, tensors)
     left = [name for name, parameter in module.named_parameters() if parameter.is_meta and name not in missing_ok]
@@ -111,7 +111,7 @@ def _bytes(tensors: Collection[Tensor]) -> int:
 
 
 @contextlib.contextmanager
-def _alone(where: str) -> Iterator[None]:
+def alone(where: str) -> Iterator[None]:
     """Inside: no network, no log lines, no progress bar, no warnings, and the same random numbers each time.
     Afterwards all is as it was."""
     log = transformers_package(where).utils.logging
