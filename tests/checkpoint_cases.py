@@ -13,7 +13,7 @@ from padconvert.checkpoint.layout import expected_tensors
 from padconvert.checkpoint.manifest import LayerEntry, Manifest, Provenance
 from padconvert.layers.facts import LayerFacts
 from padconvert.layers.packed import pack_bits
-from padconvert.words import Granularity, Kind, Routing
+from padconvert.words import Granularity, Kind, Place, Routing
 
 SPATIAL = {Kind.CONV1D: 1, Kind.CONV2D: 2, Kind.CONV3D: 3, Kind.LINEAR: 0}
 PROVENANCE = Provenance("ab" * 32, "pickle", {"torch": "2", "padconvert": "0", "python": "3"}, "cpu", 1, 0, "trained")
@@ -65,6 +65,7 @@ def tensors_of(layer: LayerEntry, seed: int = 0) -> dict[str, Tensor]:
     made = {name: random_tensor(*spec, seed + n) for n, (name, spec) in enumerate(expected_tensors(layer).items())}
     prefix = f"{layer.name}." if layer.name else ""
     numel, rows = math.prod(layer.facts.weight_shape), layer.facts.weight_shape[0]
+    # of a block's hidden units only the first layer, whose rows they are, says which are dynamic
     weight = _choose(numel if layer.facts.granularity is Granularity.ELEMENT else rows, layer.facts.n_dynamic, seed)
     placed = {
         "dynamic_bitmask": pack_bits(weight),
@@ -109,6 +110,46 @@ def layer_facts(draw: st.DrawFn) -> LayerFacts:
         n_dynamic=n_dynamic,
         n_bias_dynamic=n_bias if has_bias else 0,
         router=draw(st.sampled_from(["linear", "mlp"])),
+    )
+
+
+def block(
+    name: str = "up",
+    granularity: Granularity = Granularity.ELEMENT,
+    *,
+    d: int = 3,
+    h: int = 5,
+    gated: bool = False,
+    n_dynamic: int = 2,
+    equal: bool = False,
+    **changed: Any,
+) -> list[LayerEntry]:
+    """The layers of a feed-forward block d → h → d that is converted as a whole; `n_dynamic` units of each."""
+    shapes = {name: (Place.FIRST, (h, d)), "gate": (Place.PEER, (h, d)), "down": (Place.LAST, (d, h))}
+    places = {key: value for key, value in shapes.items() if gated or key != "gate"}
+    made = []
+    for key, (place, shape) in places.items():
+        by_column = granularity is Granularity.NEURON and place is Place.LAST
+        values = {"weight_shape": shape, "n_dynamic": n_dynamic, "n_bias_dynamic": 0 if by_column else n_dynamic}
+        layer = facts(Kind.LINEAR, granularity, **({"top_k": 2, "group": name, "place": place} | values | changed))
+        made.append(entry(key, layer, equal=equal))
+    return made
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> list[LayerEntry]:
+    d, h = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    granularity = draw(st.sampled_from(list(Granularity)))
+    most = {Granularity.ELEMENT: min(d, h), Granularity.CHANNEL: min(d, h), Granularity.NEURON: h}[granularity]
+    return block(
+        granularity=granularity,
+        d=d,
+        h=h,
+        gated=draw(st.booleans()),
+        n_dynamic=draw(st.integers(0, most)),
+        equal=draw(st.booleans()),
+        top_k=draw(st.integers(1, 4)),
+        transposed=draw(st.booleans()),
     )
 
 

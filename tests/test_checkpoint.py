@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from checkpoint_cases import (
+    block,
+    blocks,
     entry,
     facts,
     layer_facts,
@@ -43,7 +45,7 @@ from padconvert.errors import FileError, PadconvertError
 from padconvert.layers.build import build_layer
 from padconvert.layers.packed import assemble, pack_bits
 from padconvert.layers.pad import PadLayer
-from padconvert.words import Granularity, Kind
+from padconvert.words import Granularity, Kind, Place, Routing
 
 Tensors = dict[str, Tensor]
 FORMAT_DOCUMENT = Path(__file__).parent.parent / "docs" / "format.md"
@@ -131,6 +133,121 @@ def test_expected_tensors_of_a_layer_written_out() -> None:
         "q.router.weight": ("float32", (4, 5)),
         "q.router.bias": ("float32", (4,)),
     }
+
+
+def shapes_of(layers: list[LayerEntry]) -> dict[str, tuple[int, ...]]:
+    return {name: shape for layer in layers for name, (_, shape) in expected_tensors(layer).items()}
+
+
+def test_a_block_has_one_router_and_lists_its_hidden_units_once() -> None:
+    router = {"up.router.weight": (4, 3), "up.router.bias": (4,)}
+    assert shapes_of(block("up", Granularity.NEURON, gated=True)) == router | {
+        "up.weight_static": (3, 3),
+        "up.weight_dynamic": (4, 2, 3),
+        "up.dynamic_index": (2,),
+        "up.bias_static": (3,),
+        "up.bias_dynamic": (4, 2),
+        "gate.weight_static": (3, 3),
+        "gate.weight_dynamic": (4, 2, 3),
+        "gate.bias_static": (3,),
+        "gate.bias_dynamic": (4, 2),
+        "down.weight_static": (3, 3),
+        "down.weight_dynamic": (4, 3, 2),
+        "down.bias_static": (3,),
+    }
+    assert shapes_of(block("up", Granularity.CHANNEL, has_bias=False, n_bias_dynamic=0)) == router | {
+        "up.weight_static": (3, 3),
+        "up.weight_dynamic": (4, 2, 3),
+        "up.dynamic_index": (2,),
+        "down.weight_static": (1, 5),
+        "down.weight_dynamic": (4, 2, 5),
+        "down.dynamic_index": (2,),
+    }
+    assert shapes_of(block("up", has_bias=False, n_bias_dynamic=0, equal=True)) == router | {
+        "up.weight_static": (13,),
+        "up.weight_dynamic": (1, 2),
+        "up.dynamic_bitmask": (2,),
+        "down.weight_static": (13,),
+        "down.weight_dynamic": (1, 2),
+        "down.dynamic_bitmask": (2,),
+    }
+    all_dynamic = shapes_of(block("up", Granularity.NEURON, n_dynamic=5))
+    assert {name: shape for name, shape in all_dynamic.items() if name.startswith("down.")} == {
+        "down.weight_dynamic": (4, 3, 5),
+        "down.bias_static": (3,),
+    }
+    assert "up.dynamic_index" not in all_dynamic
+
+
+@given(blocks())
+def test_blocks_are_read_as_they_were_written(layers: list[LayerEntry]) -> None:
+    tensors = {name: tensor for layer in layers for name, tensor in tensors_of(layer).items()}
+    built = {}
+    for layer in layers:
+        state = build_layer(layer.facts).state_dict()
+        built |= {f"{layer.name}.{name}": tuple(value.shape) for name, value in state.items()}
+    stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    equal = layers[0].equal_experts
+    assert stored == {name: (1, *s[1:]) if equal and name.endswith("_dynamic") else s for name, s in built.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        read = write(Path(folder), manifest(*layers), tensors)
+        assert read.manifest.layers == tuple(layers)
+        assert all(same_bits(tensor, tensors[name]) for name, tensor in read.tensors().items())
+
+
+def changed(layers: list[LayerEntry], at: int, **values: Any) -> list[LayerEntry]:
+    one = layers[at]
+    return [
+        *layers[:at],
+        dataclasses.replace(one, facts=dataclasses.replace(one.facts, **values)),
+        *layers[at + 1 :],
+    ]
+
+
+NEURON = Granularity.NEURON
+TWO, GATED = block(), block(gated=True)
+BLOCK_FAULTS: dict[str, list[LayerEntry]] = {
+    "0 layers have the place first": TWO[1:],
+    "0 layers have the place last": TWO[:1],
+    "2 layers have the place peer": [*GATED, dataclasses.replace(GATED[1], name="gate2")],
+    "2 layers have the place last": [*TWO, dataclasses.replace(TWO[1], name="down2")],
+    r"weights of shapes \[5, 3\], \[5, 3\] are no block's": changed(TWO, 1, weight_shape=(5, 3)),
+    r"weights of shapes \[5, 3\], \[6, 3\], \[3, 5\] are no": changed(GATED, 1, weight_shape=(6, 3)),
+    "its layers differ in num_experts: 3, 4": changed(TWO, 1, num_experts=3),
+    "its layers differ in top_k: 1, 2": changed(TWO, 1, top_k=1),
+    "its layers differ in granularity: channel, element": changed(TWO, 1, granularity=Granularity.CHANNEL),
+    "its layers differ in routing: sequence, token": changed(TWO, 1, routing=Routing.SEQUENCE),
+    "its layers differ in router: linear, mlp": changed(TWO, 1, router="mlp"),
+    "its layers differ in how many hidden units are dynamic: 2, 3": changed(block("up", NEURON), 1, n_dynamic=3),
+    "layer 'down': top-k 5 of 4 experts": changed(TWO, 1, top_k=5),
+    "layer 'down': a feed-forward block that is routed by token does not mix": changed(TWO, 1, top_k=0),
+    "layer 'down': place alone in the block 'up'": changed(TWO, 1, place=Place.ALONE),
+    "layer 'down': place last in the block ''": changed(TWO, 1, group=""),
+    "layer 'down': place last in a block that is named 'down'": changed(TWO, 1, group="down"),
+    "layer 'up': place first in a block that is named 'other' for": changed(TWO, 0, group="other"),
+    "layer 'up': hidden units are those of a feed-forward block": [
+        entry("up", facts(Kind.LINEAR, NEURON, weight_shape=(5, 3), n_dynamic=1))
+    ],
+    "layer 'down': 6 dynamic units out of 5": changed(block("up", NEURON), 1, n_dynamic=6),
+    "layer 'down': 1 dynamic bias entries where units are columns": changed(block("up", NEURON), 1, n_bias_dynamic=1),
+    "layer 'up': 1 dynamic bias entries for 2 dynamic": changed(block("up", NEURON), 0, n_bias_dynamic=1),
+    "layer 'a': top-k 1, but a conv2d layer mixes": [entry("a", facts(top_k=1))],
+    "layer 'a': a conv2d layer is not transposed": [entry("a", facts(transposed=True))],
+    "layer 'a': a conv2d layer is in no feed-forward block": [
+        entry("a", facts(group="a", place=Place.FIRST, routing=Routing.MAP))
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BLOCK_FAULTS)
+def test_a_block_that_cannot_be_is_refused(message: str, tmp_path: Path) -> None:
+    good = block()
+    write(tmp_path, manifest(*good), {name: t for layer in good for name, t in tensors_of(layer).items()})
+    document = json.loads(manifest_to_json(manifest(*BLOCK_FAULTS[message])))
+    with pytest.raises(FileError, match=message):
+        read_checkpoint(
+            forge(tmp_path / "forged", document, dict(read_checkpoint(tmp_path / "x.safetensors").tensors()))
+        )
 
 
 def test_same_bytes_from_two_processes(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ Nothing here needs a tensor's values, so a file is refused before anything is al
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 
 from padconvert.checkpoint.header import Header, quote
 from padconvert.checkpoint.manifest import LayerEntry, Manifest
 from padconvert.errors import FileError
 from padconvert.layers.facts import LayerFacts
-from padconvert.words import Granularity, Kind, Routing
+from padconvert.words import Granularity, Kind, Place, Routing
 
 Spec = tuple[str, tuple[int, ...]]
 
@@ -43,30 +44,35 @@ def expected_tensors(entry: LayerEntry) -> dict[str, Spec]:
     if facts.has_bias:
         parts |= _part("bias", entry, facts.weight_shape[:1], facts.n_bias_dynamic)
     parts |= _where_dynamic(facts)
-    for name, shape in _router_shapes(facts).items():
-        parts[f"router.{name}"] = ("float32", shape)
+    router = _router_shapes(facts)
+    if facts.has_router:
+        parts |= {f"router.{name}": ("float32", shape) for name, shape in router.items()}
     return {join(entry.name, name): spec for name, spec in parts.items()}
 
 
 def _part(part: str, entry: LayerEntry, shape: tuple[int, ...], n_dynamic: int) -> dict[str, Spec]:
-    """The static and the dynamic units of one tensor: entries in a row, or whole rows."""
+    """The static and the dynamic units of one tensor: entries in a row, whole rows, or whole columns."""
     facts = entry.facts
-    by_entry = facts.granularity is Granularity.ELEMENT
-    units, unit = (math.prod(shape), ()) if by_entry else (shape[0], shape[1:])
+    if facts.granularity is Granularity.ELEMENT:
+        shape = (math.prod(shape),)
+    dim = facts.unit_dim if part == "weight" else 0
+    before, units, after = shape[:dim], shape[dim], shape[dim + 1 :]
     specs: dict[str, Spec] = {}
     if n_dynamic < units:
-        specs[f"{part}_static"] = (facts.dtype, (units - n_dynamic, *unit))
+        specs[f"{part}_static"] = (facts.dtype, (*before, units - n_dynamic, *after))
     if n_dynamic:
-        specs[f"{part}_dynamic"] = (facts.dtype, (entry.stored_experts, n_dynamic, *unit))
+        specs[f"{part}_dynamic"] = (facts.dtype, (entry.stored_experts, *before, n_dynamic, *after))
     return specs
 
 
 def _where_dynamic(facts: LayerFacts) -> dict[str, Spec]:
-    """Bitmasks or the index, where there are both static and dynamic units to tell apart."""
+    """Bitmasks or the index, where there are both static and dynamic units to tell apart. Hidden units of a block are
+    listed once, under its first layer."""
     rows, numel = facts.weight_shape[0], math.prod(facts.weight_shape)
     specs: dict[str, Spec] = {}
-    if facts.granularity is Granularity.CHANNEL:
-        if 0 < facts.n_dynamic < rows:
+    if facts.granularity is not Granularity.ELEMENT:
+        listed = facts.granularity is Granularity.CHANNEL or facts.place is Place.FIRST
+        if listed and 0 < facts.n_dynamic < rows:
             specs["dynamic_index"] = ("int32", (facts.n_dynamic,))
         return specs
     if 0 < facts.n_dynamic < numel:
@@ -90,8 +96,8 @@ def _router_shapes(facts: LayerFacts) -> dict[str, tuple[int, ...]]:
 
 def check_facts(entry: LayerEntry) -> None:
     """Raises FileError where the facts of a layer cannot be true together."""
-    facts = entry.facts
-    if fault := next(_faults(facts), None):
+    faults = chain(_faults(entry.facts), _block_faults(entry), _choice_faults(entry.facts))
+    if fault := next(faults, None):
         raise FileError(f"layer {quote(entry.name)}: {fault}.")
 
 
@@ -106,7 +112,7 @@ def _faults(facts: LayerFacts) -> Iterator[str]:
         yield f"{facts.num_experts} experts; 2 are the fewest"
     if facts.groups < 1 or shape[0] % facts.groups or (facts.groups > 1 and not spatial):
         yield f"{facts.groups} groups do not divide {shape[0]} filters"
-    units = math.prod(shape) if facts.granularity is Granularity.ELEMENT else shape[0]
+    units = math.prod(shape) if facts.granularity is Granularity.ELEMENT else shape[facts.unit_dim]
     if not 0 <= facts.n_dynamic <= units:
         yield f"{facts.n_dynamic} dynamic units out of {units}"
     yield from _bias_faults(facts)
@@ -128,13 +134,76 @@ def _bias_faults(facts: LayerFacts) -> Iterator[str]:
         yield f"{facts.n_bias_dynamic} dynamic bias entries without a bias"
     elif not 0 <= facts.n_bias_dynamic <= rows:
         yield f"{facts.n_bias_dynamic} dynamic bias entries out of {rows}"
-    elif facts.has_bias and facts.granularity is Granularity.CHANNEL and facts.n_bias_dynamic != facts.n_dynamic:
+    elif facts.unit_dim and facts.n_bias_dynamic:
+        yield f"{facts.n_bias_dynamic} dynamic bias entries where units are columns"
+    elif not facts.has_bias or facts.unit_dim or facts.granularity is Granularity.ELEMENT:
+        return
+    elif facts.n_bias_dynamic != facts.n_dynamic:
         yield f"{facts.n_bias_dynamic} dynamic bias entries for {facts.n_dynamic} dynamic filters"
+
+
+def _block_faults(entry: LayerEntry) -> Iterator[str]:
+    """What is wrong with a layer's place in a feed-forward block; `check_blocks` looks at the block."""
+    facts = entry.facts
+    if (facts.place is Place.ALONE) != (facts.group == ""):
+        yield f"place {facts.place} in the block {quote(facts.group)}"
+    if (facts.place is Place.FIRST) != (facts.group == entry.name and facts.group != ""):
+        yield f"place {facts.place} in a block that is named {quote(facts.group)} for its first layer"
+    if facts.place is not Place.ALONE and facts.kind is not Kind.LINEAR:
+        yield f"a {facts.kind} layer is in no feed-forward block"
+    if facts.place is Place.ALONE and facts.granularity is Granularity.NEURON:
+        yield "hidden units are those of a feed-forward block, and it is in none"
+    if facts.transposed and facts.kind is not Kind.LINEAR:
+        yield f"a {facts.kind} layer is not transposed"
+
+
+def _choice_faults(facts: LayerFacts) -> Iterator[str]:
+    """What is wrong with how many experts are computed."""
+    if not 0 <= facts.top_k <= facts.num_experts:
+        yield f"top-k {facts.top_k} of {facts.num_experts} experts"
+    if facts.top_k and facts.kind is not Kind.LINEAR:
+        yield f"top-k {facts.top_k}, but a {facts.kind} layer mixes all experts"
+    if facts.place is not Place.ALONE and not facts.top_k and facts.routing is not Routing.SEQUENCE:
+        yield f"a feed-forward block that is routed by {facts.routing} does not mix all experts"
+
+
+def check_blocks(layers: Iterable[LayerEntry]) -> None:
+    """Raises FileError where the layers of a feed-forward block do not make one."""
+    blocks: dict[str, list[LayerFacts]] = {}
+    for entry in layers:
+        if entry.facts.group:
+            blocks.setdefault(entry.facts.group, []).append(entry.facts)
+    for name, members in blocks.items():
+        if fault := _block_fault(members):
+            raise FileError(f"the feed-forward block {quote(name)}: {fault}.")
+
+
+def _block_fault(members: Sequence[LayerFacts]) -> str | None:
+    places = [facts.place for facts in members]
+    for place, most in ((Place.FIRST, 1), (Place.LAST, 1), (Place.PEER, 1)):
+        found = places.count(place)
+        if found > most or (found == 0 and place is not Place.PEER):
+            return f"{found} layers have the place {place}"
+    ups = {facts.weight_shape for facts in members if facts.place is not Place.LAST}
+    (down,) = (facts.weight_shape for facts in members if facts.place is Place.LAST)
+    if ups != {down[::-1]}:
+        shapes = ", ".join(str(list(shape)) for shape in (*sorted(ups), down))
+        return f"weights of shapes {shapes} are no block's"
+    for name in ("num_experts", "top_k", "granularity", "routing", "router"):
+        if len(found_values := {getattr(facts, name) for facts in members}) > 1:
+            return f"its layers differ in {name}: {', '.join(sorted(map(str, found_values)))}"
+    counts = {facts.n_dynamic for facts in members}
+    if members[0].granularity is Granularity.NEURON and len(counts) > 1:
+        return f"its layers differ in how many hidden units are dynamic: {', '.join(map(str, sorted(counts)))}"
+    return None
 
 
 def check_layout(manifest: Manifest, header: Header) -> None:
     """Holds the manifest against the header, both ways. Raises FileError at the first difference."""
     _check_names(manifest)
+    for entry in manifest.layers:
+        check_facts(entry)
+    check_blocks(manifest.layers)
     for entry in manifest.layers:
         _check_layer(entry, header)
     _check_inside(manifest, header)
