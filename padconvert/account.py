@@ -7,12 +7,15 @@ from dataclasses import replace
 
 from torch import nn
 
+from padconvert.checkpoint.header import Header
 from padconvert.checkpoint.layout import expected_tensors
+from padconvert.checkpoint.manifest import Manifest
 from padconvert.checkpoint.read import Checkpoint
 from padconvert.errors import VerificationError
 from padconvert.layers.pad import PadLayer
 from padconvert.plan import LayerPlan, Plan, TensorSizes
-from padconvert.plan.cost import cost_of
+from padconvert.plan.cost import active_copies, cost_of
+from padconvert.plan.count import item_sizes
 from padconvert.results import LayerResult, Metrics, Totals
 from padconvert.words import Verdict
 
@@ -83,6 +86,9 @@ def planned_totals(plan: Plan, source_bytes: int) -> Totals:
         tensor_bytes_fully_dynamic=cost.bytes_fully_dynamic,
         dynamic_ratio=dynamic / entries if entries else 0.0,
         macs_source=_macs(plan),
+        params_active_source=cost.params_source,
+        params_active_output=cost.params_active_output,
+        params_active_fully_dynamic=cost.params_active_fully_dynamic,
     )
 
 
@@ -95,8 +101,8 @@ def _macs(plan: Plan) -> int | None:
 def file_totals(plan: Plan, checkpoint: Checkpoint, model: nn.Module, sizes: TensorSizes, source_bytes: int) -> Totals:
     """The totals of a written file, counted from its header.
 
-    Raises VerificationError where values or masks are not what the plan predicted (exactly; within one filter where
-    filters of several layers are ranked together).
+    Raises VerificationError where values or masks are not what the plan predicted (exactly; within one filter, or one
+    hidden unit, where those of several layers or blocks are ranked together).
     """
     values = masks = router = params = 0
     for entry in checkpoint.manifest.layers:
@@ -134,7 +140,22 @@ def file_totals(plan: Plan, checkpoint: Checkpoint, model: nn.Module, sizes: Ten
         tensor_bytes_fully_dynamic=predicted.tensor_bytes_fully_dynamic,
         dynamic_ratio=sum(result.n_dynamic or 0 for result in results) / entries if entries else 0.0,
         macs_source=predicted.macs_source,
+        params_active_source=predicted.params_active_source,
+        params_active_output=params - idle_numbers(checkpoint.manifest, checkpoint.header),
+        params_active_fully_dynamic=predicted.params_active_fully_dynamic,
     )
+
+
+def idle_numbers(manifest: Manifest, header: Header) -> int:
+    """Stored numbers that one token is not computed with: those of the experts that are not chosen, and of those that
+    are mixed into one."""
+    idle = 0
+    for entry in manifest.layers:
+        stored = entry.stored_experts
+        dynamic = [name for name in expected_tensors(entry) if name.rsplit(".", 1)[-1].endswith("_dynamic")]
+        numbers = sum(math.prod(header.tensors[name].shape) for name in dynamic)
+        idle += numbers // stored * (stored - active_copies(stored, entry.facts.top_k))
+    return idle
 
 
 def _plain_bytes(entry: LayerPlan, checkpoint: Checkpoint, model: nn.Module) -> int:
@@ -152,8 +173,8 @@ def _check_prediction(plan: Plan, model: nn.Module, sizes: TensorSizes, values: 
     counts = {entry.info.name: _dynamic_entries(entry, model) or 0 for entry in plan.converted}
     by_name = {entry.info.name: entry for entry in plan.converted}
     for pool in plan.pools:
-        filters = [math.prod(by_name[n].info.weight_shape) // by_name[n].n_units for n in pool.names]
-        slack = 0 if max(filters) == 1 else max(filters)
+        largest = max(item_sizes(pool.names, by_name))
+        slack = 0 if largest == 1 else largest
         found = sum(counts[name] for name in pool.names)
         if abs(found - pool.target) > slack:
             raise VerificationError(f"the partition kept {found} entries dynamic, the plan says {pool.target}. {_BUG}")

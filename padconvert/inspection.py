@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from padconvert.account import layer_results, planned_totals
+from padconvert.account import idle_numbers, layer_results, planned_totals
 from padconvert.checkpoint.header import Header, read_header
 from padconvert.checkpoint.layout import all_expected
 from padconvert.checkpoint.manifest import LayerEntry, Manifest
@@ -19,6 +19,7 @@ from padconvert.layers.packed import UnitView
 from padconvert.load import Source, open_source
 from padconvert.options import ConvertOptions
 from padconvert.plan import ITEMSIZE, Plan, TensorSizes, make_plan
+from padconvert.plan.cost import active_copies
 from padconvert.plan.decide import STATIC_ROLES
 from padconvert.results import Holdings, Inspection, LayerResult
 from padconvert.walk import LayerInfo, walk
@@ -217,19 +218,22 @@ def _held(manifest: Manifest, header: Header) -> Holdings:
         parts[part] += slot.nbytes
         numbers[part] += math.prod(slot.shape)
     dense = {entry.name: _dense(entry) for entry in manifest.layers}
+    able = {entry.name: dense[entry.name] - _static_biases(entry) for entry in manifest.layers}
     itemsize = {entry.name: ITEMSIZE[entry.facts.dtype] for entry in manifest.layers}
     copies = {entry.name: entry.facts.num_experts - 1 for entry in manifest.layers}
     weights = sum(math.prod(entry.facts.weight_shape) for entry in manifest.layers)
     dynamic = sum(_dynamic_entries(entry) for entry in manifest.layers)
     source = numbers["untouched"] + sum(dense.values())
     source_bytes = parts["untouched"] + sum(dense[name] * itemsize[name] for name in dense)
-    full = source_bytes + sum(dense[name] * copies[name] * itemsize[name] for name in dense) + parts["router"]
+    full = source_bytes + sum(able[name] * copies[name] * itemsize[name] for name in able) + parts["router"]
+    stored = sum(numbers.values()) - numbers["masks"]
+    at_work = {e.name: active_copies(e.facts.num_experts, e.facts.top_k) for e in manifest.layers}
     return Holdings(
         layers=len(manifest.layers),
         converted=len(manifest.layers),
         params_source=source,
-        params_output=sum(numbers.values()) - numbers["masks"],
-        params_fully_dynamic=source + sum(dense[name] * copies[name] for name in dense) + numbers["router"],
+        params_output=stored,
+        params_fully_dynamic=source + sum(able[name] * copies[name] for name in able) + numbers["router"],
         bytes_source=None,
         bytes_output=header.file_size,
         bytes_fully_dynamic=full + header.data_start,
@@ -241,6 +245,9 @@ def _held(manifest: Manifest, header: Header) -> Holdings:
         tensor_bytes_output=header.file_size - header.data_start,
         tensor_bytes_fully_dynamic=full,
         dynamic_ratio=dynamic / weights if weights else 0.0,
+        params_active_source=source,
+        params_active_output=stored - idle_numbers(manifest, header),
+        params_active_fully_dynamic=source + sum(able[n] * (at_work[n] - 1) for n in able) + numbers["router"],
     )
 
 
@@ -255,6 +262,11 @@ def _part_of(name: str, expected: Collection[str]) -> str:
 
 def _dense(entry: LayerEntry) -> int:
     return math.prod(entry.facts.weight_shape) + entry.facts.has_bias * entry.facts.weight_shape[0]
+
+
+def _static_biases(entry: LayerEntry) -> int:
+    """Bias entries that cannot be dynamic: where units are columns, the bias goes with none."""
+    return entry.facts.has_bias * entry.facts.weight_shape[0] if entry.facts.unit_dim else 0
 
 
 def _dynamic_entries(entry: LayerEntry) -> int:

@@ -35,6 +35,8 @@ class Totals:
     `bytes_source` and `bytes_output` are whole files, `bytes_fully_dynamic` is with a header like the output's. A dry
     run has no output file: its `bytes_output` and `bytes_fully_dynamic` are predicted, without a header. The
     `tensor_bytes_…` are without header and wrapping: the source's tensors; values, masks, routers and untouched ones.
+    `params_active_…` are the numbers that one token (or sample) is computed with: all of the source's; of a converted
+    layer the static ones, top-k times the dynamic ones (once, where all experts are mixed into one) and the router.
     """
 
     params_source: int
@@ -52,6 +54,9 @@ class Totals:
     tensor_bytes_fully_dynamic: int
     dynamic_ratio: float  # dynamic share of the converted layers' weight entries
     macs_source: int | None = None
+    params_active_source: int | None = None
+    params_active_output: int | None = None
+    params_active_fully_dynamic: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +108,23 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
+class RouterUse:
+    """How a trained router uses its layer's experts on the evaluation data, or the training data where there is none.
+
+    `usage` is the share of choices that fell on each expert (top-k), or its mean routing weight (all mixed). Entropies
+    are fractions of the highest, log K: of `usage`, 1 where all experts are used alike; of a single token's (sample's)
+    routing weights, 0 where one expert decides. `starved` experts get next to nothing; see `finetune.usage`.
+    """
+
+    layer: str
+    usage: tuple[float, ...]
+    usage_entropy: float
+    routing_entropy: float
+    starved: int
+    collapsed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Gate:
     """A bound that the user set, and what was measured: bytes, a number of layers, or a fraction for an accuracy.
     `name` is the option's, with underscores; `measured` says what `value` is:
@@ -140,6 +162,8 @@ class Conversion:
     gates: tuple[Gate, ...] = ()
     #: where `--plan-out` saved the plan
     plan_file: str | None = None
+    #: of a trained output: one record a router
+    routers: tuple[RouterUse, ...] = ()
     schema: str = field(default="padconvert.convert/1")
 
 
@@ -167,8 +191,8 @@ class Verification:
 class Holdings:
     """What a file holds. Of a source, the `_output` and `_fully_dynamic` numbers are what the policy would make.
 
-    `params` counts every tensor once. Bytes are as in `Totals`, of a source as in a dry run; they are None where
-    nothing is known, as of the file that an artefact was made from.
+    `params` counts every tensor once. Bytes and `params_active` are as in `Totals`, of a source as in a dry run; they
+    are None where nothing is known, as of the file that an artefact was made from.
     """
 
     layers: int
@@ -188,6 +212,9 @@ class Holdings:
     tensor_bytes_fully_dynamic: int | None = None
     dynamic_ratio: float | None = None
     macs_source: int | None = None
+    params_active_source: int | None = None
+    params_active_output: int | None = None
+    params_active_fully_dynamic: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,6 +114,12 @@ def test_an_artefact_says_what_it_holds(source: Path, granularity: str) -> None:
     assert totals.params_source == sum(parameter.numel() for parameter in network().parameters())
     assert totals.params_source == result.totals.params_source
     assert totals.params_fully_dynamic == result.totals.params_fully_dynamic
+    assert totals.params_active_source == totals.params_source == result.totals.params_active_source
+    # equal experts are one; trained, one weight is mixed for each image, and the router is computed too
+    router = 4 * 4 + 4
+    assert totals.params_active_output == result.totals.params_active_output == totals.params_source + router
+    assert totals.params_active_fully_dynamic == totals.params_source + router
+    assert result.totals.params_active_fully_dynamic == totals.params_active_fully_dynamic
     assert totals.bytes_masks == result.totals.bytes_masks == (27 + 1 if granularity == "element" else 3 * 4)
     assert totals.bytes_router == result.totals.bytes_router == 4 * (4 * 4 + 4)
     assert totals.bytes_values == result.totals.bytes_values
