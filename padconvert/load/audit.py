@@ -17,6 +17,9 @@ from padconvert.errors import FileError, UnsafeError
 from padconvert.load import rebuild
 from padconvert.load.build import build
 from padconvert.load.detect import InputKind, detect, refusal
+from padconvert.load.directory import load_directory
+from padconvert.load.directory_class import class_named
+from padconvert.load.directory_files import read_directory
 from padconvert.load.exported import audit_exported, load_exported
 from padconvert.load.factory import check_factory_trusted
 from padconvert.load.names import check_names, check_trust, refused_names
@@ -57,8 +60,29 @@ def audit(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> Audit:
             return _audit_artefact(place, packages)
         case InputKind.EXPORTED:
             return _audit_exported(place)
+        case InputKind.TRANSFORMERS:
+            return _audit_directory(place, packages)
         case _:
             raise refusal(kind, place)
+
+
+def _audit_directory(folder: Path, trust: tuple[str, ...]) -> Audit:
+    """Each weight file by itself first, so that the report lists what they name; then the directory as it is loaded.
+    Of the code that came with the model only the files' names are read."""
+    names: list[str] = []
+    refused: list[str] = []
+    try:
+        files = read_directory(folder)
+        names += files.code
+        of_weights = [_audit_pickle(path, trust) for path in files.shards if path.suffix == ".bin"]
+        names += sorted({name for found in of_weights for name in found.names})
+        refused += sorted({name for found in of_weights for name in found.refused})
+        cls = class_named(files.config, str(folder))
+        names.append(f"{cls.__module__}.{cls.__name__}")
+        load_directory(folder, trust)
+    except (UnsafeError, FileError) as error:
+        return Audit("transformers", names, refused, str(error), unsafe=isinstance(error, UnsafeError))
+    return Audit("transformers", names, [], "loads")
 
 
 def _audit_exported(path: Path) -> Audit:

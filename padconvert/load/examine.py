@@ -63,6 +63,8 @@ def _name(name: str, found: Audit, trust: tuple[str, ...]) -> AuditedName:
         return AuditedName(name, name not in found.refused, "not on the list" if name in found.refused else "listed")
     if name in found.refused:
         return AuditedName(name, False, hint(module, last))
+    if found.kind == "transformers" and last == "py":
+        return AuditedName(name, True, "code that came with the model; it is never run")
     return AuditedName(name, True, _why(name, module, last, trust))
 
 
