@@ -251,12 +251,6 @@ def test_a_forward_that_fails_is_a_note_and_leaves_no_hook() -> None:
     assert walk(module, vector(3, 8, 8)).method == "forward"
 
 
-def test_gpt2_says_that_its_own_linear_layers_are_left_out() -> None:
-    found = walk(*zoo.build("gpt2_own_conv1d"))
-    assert [layer.name for layer in found.layers] == ["lm_head"]
-    assert found.notes[1] == "8 of transformers' Conv1D layers are not converted: they are not nn.Linear"
-
-
 def test_a_copy_walks_the_same() -> None:
     module, probe = zoo.build("mobilenet_depthwise")
     assert walk(copy.deepcopy(module), probe) == walk(module, probe)

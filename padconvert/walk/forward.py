@@ -17,14 +17,15 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from padconvert.walk.causal import BATCH, Calls, Sequences
 from padconvert.walk.found import Found
 from padconvert.walk.probe import call, flat_outputs
 from padconvert.walk.quiet import device_of, untouched
 from padconvert.walk.spec import ProbeSpec
 from padconvert.walk.ties import span_of
+from padconvert.walk.trace import Chain, Memory, Trace
 from padconvert.words import Kind
 
-BATCH = 2
 OUTSIDE = -1  # stands for every weight that no listed layer owns
 
 Origins = frozenset[int]  # which layers a tensor was made by, without another layer in between
@@ -49,6 +50,8 @@ class Watched:
     seen: Mapping[int, Seen]
     read: frozenset[int]  # layers whose weight something else computed with
     heads: frozenset[int]  # layers that make an output, with no layer after them
+    chains: tuple[Chain, ...]  # what became of the outputs of layers that widen
+    sequences: Calls  # what went into layers on sequences
 
     def macs(self, index: int, weight_numel: int) -> int:
         """Multiply-adds per sample."""
@@ -57,7 +60,7 @@ class Watched:
 
 def watch(root: nn.Module, layers: Sequence[Found], probe: ProbeSpec) -> Watched:
     """Call `root` once in eval mode on the probe and say what happened. Raises whatever the forward raises."""
-    watcher = _Watcher(root, layers)
+    watcher = _Watcher(root, layers, Sequences(layers, probe))
     args, kwargs = probe.make(BATCH, device_of(root))
     with untouched(root), ExitStack() as stack:
         stack.callback(register_module_forward_pre_hook(watcher.enter).remove)
@@ -65,15 +68,17 @@ def watch(root: nn.Module, layers: Sequence[Found], probe: ProbeSpec) -> Watched
         stack.callback(register_module_forward_hook(watcher.leave, with_kwargs=True).remove)
         with watcher:
             output = call(root, args, kwargs)
-    return Watched(watcher.seen, frozenset(watcher.read), watcher.heads(flat_outputs(output)))
+    returned = [_storage(tensor) for tensor in (*_tensors(output), *flat_outputs(output))]
+    chains, heads = watcher.trace.finish(returned), watcher.heads(flat_outputs(output))
+    return Watched(watcher.seen, frozenset(watcher.read), heads, chains, watcher.sequences.calls)
 
 
 class _Watcher(TorchDispatchMode):
     """Follows the data between the layers: `origins` maps a storage to the layers that its values come from."""
 
-    def __init__(self, root: nn.Module, layers: Sequence[Found]) -> None:
+    def __init__(self, root: nn.Module, layers: Sequence[Found], sequences: Sequences) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.layers = layers
+        self.layers, self.sequences = layers, sequences
         self.index = {layer.module: i for i, layer in enumerate(layers)}
         self.owner = _weight_owners(root, layers)
         self.seen: dict[int, Seen] = {}
@@ -81,6 +86,7 @@ class _Watcher(TorchDispatchMode):
         self.followed: set[int] = {OUTSIDE}  # layers with another layer after them
         self.origins: dict[int, Origins] = {}
         self.inside: list[int] = []
+        self.trace = Trace(layers)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -93,13 +99,18 @@ class _Watcher(TorchDispatchMode):
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if module not in self.index:
             return
-        index = self.inside.pop()
-        inputs = _tensors([args, kwargs])
+        index, inputs = self.inside[-1], _memories([args, kwargs])
+        if inputs and isinstance(output, Tensor):
+            self.sequences.keep(index, inputs[0][0])  # while inside: what it reads is no dataflow of the model
+        self.inside.pop()
         if not inputs or not isinstance(output, Tensor):
             return
-        self._count(index, inputs[0], output)
-        self.followed |= self._of(inputs) - {index}
-        self._set([output], frozenset({index}))
+        made = _memories(output)
+        origins = self._of(inputs)
+        self._count(index, inputs[0][0], output)
+        self.followed |= origins - {index}
+        self.trace.layer(index, inputs, made[0], origins)
+        self._set(made, frozenset({index}))
 
     def _count(self, index: int, given: Tensor, output: Tensor) -> None:
         layer = self.layers[index]
@@ -113,12 +124,14 @@ class _Watcher(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if not self.inside:
-            self._follow(_tensors([args, kwargs or {}]), _tensors(output))
+            inputs, outputs = _memories([args, kwargs or {}]), _memories(output)
+            self._follow(inputs, outputs)
+            self.trace.operation(func, inputs, outputs)
         return output
 
-    def _follow(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def _follow(self, inputs: list[Memory], outputs: list[Memory]) -> None:
         """An operation between layers hands on its inputs' origins, unless it computes with a weight itself."""
-        owners = {owner for tensor in inputs if (owner := self.owner.get(_storage(tensor))) is not None}
+        owners = {owner for _, memory in inputs if (owner := self.owner.get(memory)) is not None}
         origins = self._of(inputs)
         self.read |= owners - {OUTSIDE}
         if owners:
@@ -126,14 +139,13 @@ class _Watcher(TorchDispatchMode):
             origins = frozenset({OUTSIDE})
         self._set(outputs, origins)
 
-    def _of(self, tensors: Iterable[Tensor]) -> Origins:
-        return NONE.union(*(self.origins.get(_storage(tensor), NONE) for tensor in tensors))
+    def _of(self, tensors: Iterable[Memory]) -> Origins:
+        return NONE.union(*(self.origins.get(memory, NONE) for _, memory in tensors))
 
-    def _set(self, tensors: Iterable[Tensor], origins: Origins) -> None:
-        for tensor in tensors:
-            storage = _storage(tensor)
-            if storage not in self.owner:  # a view of a weight stays that weight
-                self.origins[storage] = origins
+    def _set(self, tensors: Iterable[Memory], origins: Origins) -> None:
+        for _, memory in tensors:
+            if memory not in self.owner:  # a view of a weight stays that weight
+                self.origins[memory] = origins
 
     def heads(self, outputs: Iterable[Tensor]) -> frozenset[int]:
         """Layers of outputs that come from layers without a follower only.
@@ -170,6 +182,10 @@ def _storage(tensor: Tensor) -> int:
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _memories(tree: Any) -> list[Memory]:
+    return [(tensor, _storage(tensor)) for tensor in _tensors(tree)]
 
 
 def _channel_axis(layer: Found) -> int:

@@ -24,7 +24,11 @@ CONVOLUTIONS = frozenset({Kind.CONV1D, Kind.CONV2D, Kind.CONV3D})
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One layer of the module tree. `base` is torch's class that it is an instance of; a Pad layer's is None."""
+    """One layer of the module tree.
+
+    `base` is the class that it is an instance of, torch's or transformers' `Conv1D`; a Pad layer's is None.
+    `weight_shape` is [out, in, ...] also where the layer stores [in, out].
+    """
 
     module: nn.Module
     names: tuple[str, ...]
@@ -45,6 +49,19 @@ def is_pad_layer(module: nn.Module) -> bool:
     """Whether padconvert made it. By name: the walk comes before the layers and knows only torch's own."""
     kind = type(module)
     return kind.__module__.startswith("padconvert.layers") and kind.__name__.startswith(("PadConv", "PadLinear"))
+
+
+def conv1d_base(module: nn.Module) -> type[nn.Module] | None:
+    """transformers' `Conv1D` (a linear layer that stores its weight as [in, out]) among a module's classes.
+
+    By name: the walk never imports transformers. A forward that somebody patched into the class is not it.
+    """
+    for kind in type(module).__mro__:
+        if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
+            forward = kind.__dict__.get("forward")
+            home = (getattr(forward, "__module__", ""), getattr(forward, "__qualname__", ""))
+            return kind if home == (kind.__module__, "Conv1D.forward") else None
+    return None
 
 
 def find_layers(module: nn.Module) -> list[Found]:
@@ -72,6 +89,8 @@ def _found(module: nn.Module, names: tuple[str, ...]) -> Found | None:
     for base, kind in KINDS:
         if isinstance(module, base):
             return Found(module, names, kind, base, _weight_shape(module))
+    if (conv1d := conv1d_base(module)) is not None:
+        return Found(module, names, Kind.LINEAR, conv1d, _weight_shape(module)[::-1])
     return None
 
 
@@ -80,6 +99,8 @@ def _weight_shape(module: nn.Module) -> tuple[int, ...]:
     weight = module._parameters.get("weight")
     if weight is not None and not is_lazy(weight):
         return tuple(weight.shape)
+    if conv1d_base(module) is not None:
+        return (int(module.nx), int(module.nf))  # type: ignore[arg-type]
     if isinstance(module, nn.Linear):
         shape: tuple[int, ...] = (module.out_features, module.in_features)
     else:

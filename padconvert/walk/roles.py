@@ -8,7 +8,8 @@ depthwise  groups == in_channels > 1
 attention  a linear layer or 1x1 convolution, named as a projection of queries, keys and values beside its likes,
            or in a module of few layers (not the model itself) whose class name holds "attention" or "attn"
 ffn        linear layers d → h … h → d, h > d, next to each other under one parent (with gates: several d → h);
-           a child that holds a single linear layer stands for it, which finds BERT's intermediate and output
+           a child that holds a single linear layer stands for it, which finds BERT's intermediate and output;
+           a d → 2h before the h → d is a gate and an up in one
 conv, linear   all others
 
 The first that holds wins, but an ffn under an attention-like class further up than its own parent is an ffn.
@@ -143,10 +144,14 @@ def _members(row: Sequence[Found | None]) -> list[nn.Module]:
     for index, down in enumerate(row):
         if down is None or len(down.weight_shape) != 2 or down.weight_shape[0] >= down.weight_shape[1]:
             continue
+        outputs, hidden = down.weight_shape
+        wide = ((hidden, outputs), (2 * hidden, outputs))
         ups: list[nn.Module] = []
         for up in reversed(row[:index]):
-            if up is None or up.weight_shape != down.weight_shape[::-1]:
+            if up is None or up.weight_shape not in wide:
                 break
             ups.append(up.module)
+            if up.weight_shape == wide[1]:
+                break
         members += [*ups, down.module] if ups else []
     return members

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
+from padconvert.walk.causal import find_causal
+from padconvert.walk.experts import find_experts
 from padconvert.walk.forward import Watched, watch
 from padconvert.walk.found import Found, find_layers
+from padconvert.walk.groups import Groups, find_groups
 from padconvert.walk.info import LayerInfo, Walk
 from padconvert.walk.quiet import is_uninitialized
 from padconvert.walk.roles import find_roles
@@ -21,19 +26,39 @@ from padconvert.words import Reason, Role
 def walk_tree(root: nn.Module, probe: ProbeSpec | None) -> Walk:
     """See `padconvert.walk.walk`."""
     layers = find_layers(root)
-    ties, readers = find_ties(root), find_readers(root)
     watched, notes = _try_to_watch(root, layers, probe)
+    judged = _judge_all(root, layers, watched)
     roles = find_roles(root, layers, watched)
+    groups = find_groups(layers, watched, roles, [reason for reason, _ in judged])
+    causal = find_causal(root, layers, probe, watched.sequences) if watched is not None and probe is not None else {}
     infos = tuple(
-        _info(layer, index, judge(layer, ties, readers), roles[index], watched) for index, layer in enumerate(layers)
+        dataclasses.replace(
+            _info(layer, index, judged[index], roles[index], watched),
+            causal=causal.get(index),
+            **_in_group(index, groups, judged[index]),
+        )
+        for index, layer in enumerate(layers)
     )
-    return Walk(infos, "tree" if watched is None else "forward", (*notes, *_unlisted(root)))
+    return Walk(infos, "tree" if watched is None else "forward", notes)
 
 
-def _unlisted(root: nn.Module) -> tuple[str, ...]:
-    """A note on transformers' `Conv1D`: a linear layer in all but class, which nobody should miss silently."""
-    count = sum(type(child).__name__ == "Conv1D" and hasattr(child, "nf") for child in root.modules())
-    return (f"{count} of transformers' Conv1D layers are not converted: they are not nn.Linear",) if count else ()
+def _judge_all(root: nn.Module, layers: Sequence[Found], watched: Watched | None) -> list[tuple[Reason, str]]:
+    ties, readers, experts = find_ties(root), find_readers(root), find_experts(root)
+    judged = [judge(layer, ties, readers, experts) for layer in layers]
+    if watched is None:
+        return judged
+    return [
+        _judge_by_forward(layers[index], index, watched) if each[0] is Reason.ELIGIBLE else each
+        for index, each in enumerate(judged)
+    ]
+
+
+def _in_group(index: int, groups: Groups, judged: tuple[Reason, str]) -> dict[str, Any]:
+    """What a feed-forward block changes of a layer's info."""
+    if index in groups.members:
+        group, place = groups.members[index]
+        return {"role": Role.FFN, "group": group, "place": place}
+    return {"detail": groups.words[index]} if judged[0] is Reason.ELIGIBLE and index in groups.words else {}
 
 
 def _try_to_watch(
@@ -54,8 +79,6 @@ def _try_to_watch(
 def _info(layer: Found, index: int, judged: tuple[Reason, str], role: Role, watched: Watched | None) -> LayerInfo:
     seen = watched.seen.get(index) if watched is not None else None
     reason, detail = judged
-    if reason is Reason.ELIGIBLE and watched is not None:
-        reason, detail = _judge_by_forward(layer, index, watched)
     return LayerInfo(
         name=layer.name,
         aliases=layer.names[1:],

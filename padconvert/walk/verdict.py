@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from padconvert.walk.found import Found
+from padconvert.walk.found import Found, conv1d_base
 from padconvert.words import Kind, Reason
 
 SUPPORTED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -43,12 +43,17 @@ def find_readers(root: nn.Module) -> dict[nn.Module, str]:
 
 
 def judge(
-    layer: Found, ties: Mapping[nn.Module, tuple[str, ...]], readers: Mapping[nn.Module, str]
+    layer: Found,
+    ties: Mapping[nn.Module, tuple[str, ...]],
+    readers: Mapping[nn.Module, str],
+    experts: Mapping[nn.Module, str],
 ) -> tuple[Reason, str]:
     """The first reason that holds, and extra words for a person; `eligible` when none does."""
     module = layer.module
     if layer.base is None:
         return Reason.ALREADY_DYNAMIC, ""
+    if module in experts:
+        return Reason.ALREADY_EXPERTS, experts[module]
     reason, detail = _judge_alone(layer)
     if reason is not Reason.ELIGIBLE:
         return reason, detail
@@ -83,8 +88,10 @@ def _judge_alone(layer: Found) -> tuple[Reason, str]:
 
 
 def _own_code(layer: Found) -> str:
-    """Words for what the layer has and torch's class has not, on its class or on the object; "" for nothing."""
+    """Words for what the layer has and its base class has not, on its class or on the object; "" for nothing."""
     kind, base = type(layer.module), layer.base
+    if conv1d_base(layer.module) is base is not kind:
+        return f"{kind.__name__} is a class of its own above transformers' Conv1D"
     for method in ("forward", "_conv_forward", "__call__"):
         if getattr(kind, method, None) is not getattr(base, method, None) or method in layer.module.__dict__:
             return f"{kind.__name__}.{method} is not torch's"
