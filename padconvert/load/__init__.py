@@ -13,11 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from padconvert.checkpoint.header import read_header
+from padconvert.checkpoint.read import read_checkpoint
 from padconvert.errors import FileError, UnsafeError, UsageError
 from padconvert.load.detect import InputKind as InputKind
 from padconvert.load.detect import detect as detect
 from padconvert.load.detect import refusal
-from padconvert.load.directory import load_directory
+from padconvert.load.directory import directory_bytes, load_directory
 from padconvert.load.directory_build import rebuild_transformers
 from padconvert.load.exported import load_exported
 from padconvert.load.exported_lift import ExportedModule, build_exported
@@ -133,7 +134,10 @@ def least_memory(path: Path, key: str | None = None) -> int:
         case InputKind.PICKLE:
             return network_bytes(path, key)
         case InputKind.SAFETENSORS | InputKind.ARTEFACT:
-            return sum(slot.nbytes for slot in read_header(path).tensors.values())
+            header = read_checkpoint(path).header if path.is_dir() else read_header(path)
+            return sum(slot.nbytes for slot in header.tensors.values())
+        case InputKind.TRANSFORMERS:
+            return directory_bytes(path)
         case _:
             return 0
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from padconvert.checkpoint.header import quote
+from padconvert.checkpoint.header import quote, read_header
 from padconvert.checkpoint.read import open_tensors
 from padconvert.errors import FileError
 from padconvert.load.directory_build import DTYPES, architecture_record, load_pretrained
 from padconvert.load.directory_class import class_named, plain_config, transformers_package
 from padconvert.load.directory_files import Directory, read_directory
-from padconvert.load.pickled_file import load_pickled
+from padconvert.load.pickled_file import load_pickled, network_bytes
 from padconvert.load.state_dict import tensor_names
 
 
@@ -48,6 +48,16 @@ def load_directory(folder: Path, trust: tuple[str, ...] = ()) -> LoadedDirectory
     module, built = load_pretrained(cls, config, tensors, dtype, where)
     notes = (*_notes_on(files), *read, *mixed, *built)
     return LoadedDirectory(files, module, architecture_record(cls, config, dtype), notes)
+
+
+def directory_bytes(folder: Path) -> int:
+    """Bytes of the tensors in the directory's weight files; none is read. Raises as `load_directory` does."""
+    return sum(
+        network_bytes(path)
+        if path.suffix == ".bin"
+        else sum(slot.nbytes for slot in read_header(path).tensors.values())
+        for path in read_directory(folder).shards
+    )
 
 
 def _notes_on(files: Directory) -> tuple[str, ...]:

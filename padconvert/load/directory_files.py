@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from padconvert.checkpoint.header import open_regular, parse_json, quote
 from padconvert.errors import FileError, UnsafeError
-from padconvert.load.source import sha256_of
+from padconvert.load.source import sha256_of_all
 
 CONFIG = "config.json"
 _MAX_CONFIG = 16 << 20
@@ -49,11 +48,8 @@ class Directory:
         return tuple(sorted(path.name for path in self.folder.glob("*.py")))
 
     def sha256(self) -> str:
-        """One checksum for the config, the index and the weight files: that of the lines which the command
-        `sha256sum` prints for them, in the order of their names' bytes. Raises FileError where one cannot be read."""
-        paths = [self.folder / CONFIG, *([self.index] if self.index else []), *self.shards]
-        lines = [f"{sha256_of(path)}  {path.name}\n" for path in sorted(paths, key=lambda path: path.name.encode())]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        """One checksum for the config, the index and the weight files; see `sha256_of_all`."""
+        return sha256_of_all([self.folder / CONFIG, *([self.index] if self.index else []), *self.shards])
 
 
 def read_directory(folder: Path) -> Directory:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from padconvert.checkpoint.folder import CONFIG, INDEX, examine_folder
 from padconvert.checkpoint.manifest import Manifest
 from padconvert.checkpoint.read import read_checkpoint
 from padconvert.checkpoint.tensor_bytes import place_of
@@ -24,7 +25,7 @@ from padconvert.load import open_source
 from padconvert.load.artefact import load_checkpoint
 from padconvert.load.detect import InputKind, detect
 from padconvert.load.factory import architecture_of, build_factory
-from padconvert.load.source import Source, own_tensors, sha256_of
+from padconvert.load.source import Source, own_tensors, sha256_of, sha256_of_all
 from padconvert.options import ConvertOptions
 from padconvert.plan import Plan, TensorSizes
 from padconvert.policy import Rule
@@ -122,13 +123,14 @@ def _opened_artefact(path: Path, options: ConvertOptions, device: torch.device) 
     into = build_factory(architecture_of(options.arch, options.arch_args)) if options.arch else None
     module = load_checkpoint(checkpoint, into=into, trust=options.trust).to(device)
     extra = {name: checkpoint.tensor(name, copy=True) for name in checkpoint.manifest.extra_tensors}
+    size, sha256 = _measured(path)
     opened = Opened(
         path=path,
         kind="artefact",
         module=module,
         static=static_twin(module),
-        bytes=path.stat().st_size,
-        sha256=sha256_of(path),
+        bytes=size,
+        sha256=sha256,
         architecture=checkpoint.manifest.architecture,
         extra_tensors=extra,
         notes=(),
@@ -142,6 +144,15 @@ def _opened_artefact(path: Path, options: ConvertOptions, device: torch.device) 
             "cannot change it. Convert the source again to get another one."
         )
     return replace(opened, rules=rules_of(checkpoint.manifest), notes=("training goes on; the partition stays",))
+
+
+def _measured(path: Path) -> tuple[int, str]:
+    """Bytes and checksum of an artefact; of a folder those of its weight files, and one for these, config and index."""
+    if path.is_file():
+        return path.stat().st_size, sha256_of(path)
+    weights = [path / name for name in examine_folder(path).files]
+    described = [path / name for name in (CONFIG, INDEX) if (path / name).exists()]
+    return sum(file.stat().st_size for file in weights), sha256_of_all([*described, *weights])
 
 
 def static_twin(module: nn.Module) -> nn.Module:
@@ -161,7 +172,7 @@ def rules_of(manifest: Manifest) -> tuple[Rule, ...]:
 
 
 def _rule_of(name: str, facts: LayerFacts) -> Rule:
-    view = UnitView(facts.weight_shape, facts.granularity)
+    view = UnitView(facts.weight_shape, facts.granularity, facts.unit_dim)
     return Rule(
         name="re:" + re.escape(name),
         convert=True,
@@ -170,4 +181,6 @@ def _rule_of(name: str, facts: LayerFacts) -> Rule:
         granularity=facts.granularity.value,
         router=facts.router,
         routing="sequence" if facts.routing is Routing.SEQUENCE else "token",
+        top_k=facts.top_k,
+        level="ffn" if facts.group else "linear",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,13 @@ def sha256_of(path: Path) -> str:
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror or error}).") from error
     return digest.hexdigest()
+
+
+def sha256_of_all(paths: Iterable[Path]) -> str:
+    """One checksum for several files of a folder: that of the lines which the command `sha256sum` prints for them, in
+    the order of their names' bytes. Raises FileError where one cannot be read."""
+    ordered = sorted(paths, key=lambda path: path.name.encode())
+    return hashlib.sha256("".join(f"{sha256_of(path)}  {path.name}\n" for path in ordered).encode()).hexdigest()
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
