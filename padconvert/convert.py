@@ -12,9 +12,10 @@ from padconvert.checkpoint.read import read_checkpoint
 from padconvert.checkpoint.whole_file import write_text
 from padconvert.checkpoint.write import check_target
 from padconvert.errors import UsageError, VerificationError
-from padconvert.finetune.data.sources import Data, open_data
+from padconvert.finetune.data.sources import Data
 from padconvert.finetune.objectives import dtype_of
 from padconvert.finetune.train import check_rounds, objective_of
+from padconvert.finetune.usage import collapse_warnings
 from padconvert.fold import fold_
 from padconvert.gates import accuracy_gate, hold, layers_gate, memory_gate, missed, size_gate, strict_gate
 from padconvert.load import least_memory
@@ -30,6 +31,7 @@ from padconvert.progress import Progress, Silent
 from padconvert.results import Comparison, Conversion, Equality, Gate, OutputFile, SourceFile
 from padconvert.seal import Seal
 from padconvert.surroundings import Clock, resumable, settled
+from padconvert.task import open_task
 from padconvert.verify import calls_on, equality, runs
 from padconvert.walk import walk
 from padconvert.walk.info import Walk
@@ -50,8 +52,7 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
     _check_files(Path(source), output, options)
     with settled(options.device) as device, resumable(options):
         progress.stage("load")
-        opened = open_input(Path(source), options, device)
-        data = open_data(resolved.policy.data, seed=options.seed) if resolved.policy.data.train else None
+        opened, data = open_task(open_input(Path(source), options, device), resolved.policy, options, progress)
         clock.lap("load")
 
         progress.stage("plan")
@@ -92,16 +93,21 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
         route=plan.route,
         seed=options.seed,
         timing=clock.laps,
-        warnings=tuple(why_not),
+        warnings=(*why_not, *collapse_warnings(trained.routers)),
         notes=_notes(opened, resolved, plan, walked, data),
         plan_file=_name(options.plan_out),
         history=tuple(trained.history),
+        routers=trained.routers,
         gates=(*gates, *size_gate(written.bytes, options.max_size)),
     )
 
 
 def default_output(source: Path) -> Path:
-    """`model.pt` → `model.pad.safetensors`, beside it; an artefact's own name gains a number by the user's `-o`."""
+    """`model.pt` → `model.pad.safetensors`, beside it, and a folder `d` → `d.pad`; an artefact's own name gains a number
+    by the user's `-o`."""
+    if source.is_dir():
+        folder = source.resolve()
+        return folder.with_name(folder.name.removesuffix(".pad") + ".pad")
     name = source.name.removesuffix(SUFFIX) if source.name.endswith(SUFFIX) else source.stem
     return source.with_name(name + SUFFIX)
 
@@ -230,9 +236,9 @@ def _least_bytes(opened: Opened, plan: Plan) -> int:
 
 def _going_on(opened: Opened, policy: Policy) -> Policy:
     """This run's training and data on the artefact's own partition."""
-    defaults = policy.defaults.model_copy(update={"convert": False})
+    defaults, ffn = (section.model_copy(update={"convert": False}) for section in (policy.defaults, policy.ffn))
     partition = policy.partition.model_copy(update={"scope": "layer"})
-    return policy.model_copy(update={"defaults": defaults, "rules": opened.rules, "partition": partition})
+    return policy.model_copy(update={"defaults": defaults, "ffn": ffn, "rules": opened.rules, "partition": partition})
 
 
 def _dry_run(

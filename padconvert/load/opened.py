@@ -21,6 +21,7 @@ from padconvert.errors import FileError, UsageError
 from padconvert.fold import plain_layer
 from padconvert.layers.facts import LayerFacts
 from padconvert.layers.packed import UnitView
+from padconvert.layers.padding import ignore_padding_
 from padconvert.load import open_source
 from padconvert.load.artefact import load_checkpoint
 from padconvert.load.detect import InputKind, detect
@@ -163,6 +164,7 @@ def static_twin(module: nn.Module) -> nn.Module:
     for layer in pad_layers(twin).values():
         plain |= dict.fromkeys(names_of(twin, layer), plain_layer(layer))
     swap_(twin, plain)
+    ignore_padding_(twin)
     return twin
 
 

@@ -27,7 +27,7 @@ import math
 from dataclasses import dataclass
 
 from padconvert.plan.cost import ITEMSIZE
-from padconvert.plan.count import unit_size
+from padconvert.plan.count import item_sizes
 from padconvert.plan.model import LayerPlan, Plan
 from padconvert.words import Granularity, Routing
 
@@ -117,16 +117,16 @@ def _granularity(entry: LayerPlan) -> Granularity | None:
 
 def least_file_bytes(plan: Plan) -> int:
     """The fewest bytes that the plan's file can have, header aside: its exact size, but where a pool ranks whole
-    filters. Which of those win is open, so each pool may fall short by its largest filter, and neither indices nor
-    biases are counted."""
+    filters or hidden units. Which of those win is open, so each pool may fall short by its largest one, and neither
+    indices nor biases are counted."""
     by_name = {entry.info.name: entry for entry in plan.converted}
     cost = plan.cost
-    filters = [p for p in plan.pools if _granularity(by_name[p.names[0]]) is Granularity.CHANNEL]
+    filters = [p for p in plan.pools if _granularity(by_name[p.names[0]]) is not Granularity.ELEMENT]
     if not filters:
         return cost.bytes_output
     least = cost.bytes_source + cost.bytes_router
     for pool in plan.pools:
-        largest = max(unit_size(by_name[name]) for name in pool.names) if pool in filters else 0
+        largest = max(item_sizes(pool.names, by_name)) if pool in filters else 0
         first = by_name[pool.names[0]]
         assert first.choice is not None
         least += max(pool.target - largest, 0) * (first.choice.num_experts - 1) * ITEMSIZE[first.info.dtype]
