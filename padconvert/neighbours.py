@@ -16,6 +16,7 @@ from padconvert.errors import UsageError
 from padconvert.finetune.data.sources import Data, checksum
 from padconvert.finetune.resume import WorkDir
 from padconvert.finetune.train import Trainer
+from padconvert.finetune.usage import router_use
 from padconvert.fold import fold_
 from padconvert.load.opened import Opened
 from padconvert.options import ConvertOptions
@@ -24,7 +25,7 @@ from padconvert.plan import Plan, plan_to_json
 from padconvert.policy import settings_of
 from padconvert.precision import restore_dtypes_, upcast_
 from padconvert.progress import Progress
-from padconvert.results import Comparison, Metrics
+from padconvert.results import Comparison, Metrics, RouterUse
 from padconvert.rewrite import pad_layers
 
 
@@ -32,6 +33,7 @@ from padconvert.rewrite import pad_layers
 class Trained:
     comparison: Comparison | None
     history: list[dict[str, float]]
+    routers: tuple[RouterUse, ...] = ()
 
 
 def train_(
@@ -58,10 +60,12 @@ def train_(
         trainer.set_routers_(model, pad_layers(model))
     partitioner = Partitioner(model, plan) if plan.converted and not opened.goes_on else None
     history = trainer.fit_(model, partitioner, "output")
-    after = trainer.metrics(_as_stored(model, opened.module))
+    stored = _as_stored(model, opened.module)
+    after = trainer.metrics(stored)
+    routers = router_use(stored, data.eval or data.train, plan.policy.train.batch_size, device)
     samples = len(data.eval) if data.eval is not None else 0
     said = verdict(after, static, samples)
-    return Trained(Comparison(before, after, static, full, said) if before else None, history)
+    return Trained(Comparison(before, after, static, full, said) if before else None, history, routers)
 
 
 def _as_stored(model: nn.Module, source: nn.Module) -> nn.Module:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from padconvert.account import file_totals
+from padconvert.checkpoint.folder import CONFIG
 from padconvert.checkpoint.read import Checkpoint, read_checkpoint
 from padconvert.checkpoint.save import provenance_of, save_model
 from padconvert.checkpoint.write import WrittenFile
+from padconvert.checkpoint.write_folder import files_in
 from padconvert.errors import VerificationError
+from padconvert.export.directory import save_directory
 from padconvert.gates import hold, size_gate
 from padconvert.load.artefact import load_checkpoint
 from padconvert.load.opened import Opened
@@ -22,6 +26,8 @@ from padconvert.plan import Plan
 from padconvert.results import Gate
 from padconvert.verify import probe_check, runs
 from padconvert.walk.probe import ProbeSpec
+
+SINGLE_FILE = ".safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,35 +39,41 @@ class Seal:
     probe: ProbeSpec | None
     options: ConvertOptions
     gates: tuple[Gate, ...] = ()  # those that are decided already
+    said: tuple[str, ...] = ()  # lines for a directory's model card: what was measured
 
     def write(self, model: nn.Module, output: Path) -> WrittenFile:
-        """The folded model as a file. Raises VerificationError, and leaves no file, where it does not come back, and
-        GateError where it is larger than it may be."""
+        """The folded model as a file, or as a folder. Raises VerificationError, and leaves nothing, where it does not
+        come back, and GateError where it is larger than it may be."""
         trained = self.plan.route == "trained"
-        probe = self.probe if self.probe is not None and runs(model, self.probe) else None
-        return save_model(
-            model.eval(),
-            output,
-            architecture=self.opened.architecture,
-            provenance=provenance_of(
+        common: dict[str, Any] = {
+            "architecture": self.opened.architecture,
+            "provenance": provenance_of(
                 source_sha256=self.opened.sha256,
                 source_kind=self.opened.kind,
                 device=torch.device(self.options.device).type,
                 seed=self.options.seed,
                 trained=trained,
             ),
-            policy=self.plan.policy.model_dump(mode="json"),
-            trained=trained,
-            probe=probe,
-            extra_tensors=self.opened.extra_tensors,
-            force=self.options.force,
-            source=self.opened.path,
-            check=lambda path: self._check_back(path, model),
-        )
+            "policy": self.plan.policy.model_dump(mode="json"),
+            "trained": trained,
+            "probe": self.probe if self.probe is not None and runs(model, self.probe) else None,
+            "max_shard_size": self.options.max_shard_size,
+            "force": self.options.force,
+            "check": lambda path: self._check_back(path, model),
+        }
+        if self.is_directory(output):
+            return save_directory(model.eval(), output, source_dir=self.opened.path, notes=self.said, **common)
+        extra = self.opened.extra_tensors
+        return save_model(model.eval(), output, extra_tensors=extra, source=self.opened.path, **common)
+
+    def is_directory(self, output: Path) -> bool:
+        """A transformers directory becomes one again, unless the output is named as a single file."""
+        return self.opened.path.is_dir() and output.suffix != SINGLE_FILE and (self.opened.path / CONFIG).is_file()
 
     def _check_back(self, path: Path, model: nn.Module) -> None:
-        """Hold the file's bytes against the plan, load it as a user would and hold its outputs against the record."""
-        hold((*self.gates, *size_gate(path.stat().st_size, self.options.max_size)))
+        """Hold the bytes against the plan, load them as a user would and hold the outputs against the record."""
+        size = path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in files_in(path))
+        hold((*self.gates, *size_gate(size, self.options.max_size)))
         checkpoint = read_checkpoint(path)
         file_totals(self.plan, checkpoint, model, self.opened.sizes, self.opened.bytes)
         check = probe_check(checkpoint, self._loaded(checkpoint))

@@ -36,7 +36,7 @@ ORDER = [
     ["load"],
     ["account"],
     ["verify", "verify_hf", "bench", "inspection", "doctor"],
-    ["neighbours", "seal"],
+    ["neighbours", "seal", "task"],
     ["convert", "api"],
     ["report"],
     ["cli"],

@@ -37,6 +37,29 @@ def load_pretrained(
     transformers gets no path, so that it can read nothing of its own; the tensors are not copied.
     Raises FileError where a parameter would stay random, where shapes differ, or transformers refuses it.
     """
+    module, info = _loaded(cls, config, tensors, dtype, where)
+    missing = _missing(module, info)
+    if missing:
+        raise FileError(
+            f"{where}: its weights lack {len(missing)} of the parameters of {type(module).__name__} "
+            f"({_first(missing)}), which would stay random. Name the class that was trained in the config's "
+            "'architectures', or save the whole model with model.save_pretrained."
+        )
+    return module.eval(), (*_left_unread(info), *_of_other_dtypes(module, dtype))
+
+
+def from_tensors(
+    cls: type[nn.Module], config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype, where: str
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """As `load_pretrained`, but parameters that have no tensor get transformers' initial values, seeded; and their
+    names."""
+    module, info = _loaded(cls, config, tensors, dtype, where)
+    return module.eval(), tuple(_missing(module, info))
+
+
+def _loaded(
+    cls: type[nn.Module], config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype, where: str
+) -> tuple[nn.Module, Mapping[str, Any]]:
     made = config_for(cls, config, where)
     loader: Any = cls
     with alone(where), _bounds(len(tensors), _bytes(tensors.values()), where), _plain_failure(cls, where):
@@ -45,7 +68,11 @@ def load_pretrained(
             ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
     _check_loaded(module, info, where)
-    return module.eval(), (*_left_unread(info), *_of_other_dtypes(module, dtype))
+    return module, info
+
+
+def _missing(module: nn.Module, info: Mapping[str, Any]) -> list[str]:
+    return sorted(set(info["missing_keys"]) - {name for name, _ in module.named_buffers()})
 
 
 def rebuild_transformers(
@@ -187,14 +214,6 @@ def _bounds(tensors: int, stored: int, where: str, *, meta: bool = False) -> Ite
 
 
 def _check_loaded(module: nn.Module, info: Mapping[str, Any], where: str) -> None:
-    buffers = {name for name, _ in module.named_buffers()}
-    missing = sorted(set(info["missing_keys"]) - buffers)
-    if missing:
-        raise FileError(
-            f"{where}: its weights lack {len(missing)} of the parameters of {type(module).__name__} "
-            f"({_first(missing)}), which would stay random. Name the class that was trained in the config's "
-            "'architectures', or save the whole model with model.save_pretrained."
-        )
     other = [f"{name} is {list(stored)}, the config's {list(own)}" for name, stored, own in info["mismatched_keys"]]
     if other:
         raise FileError(f"{where}: {len(other)} tensors are of another shape than its config says ({_first(other)}).")

@@ -212,6 +212,8 @@ class Train(Section):
     balance_weight: NonNegative
     z_weight: NonNegative
     schedule: Literal["cosine", "constant"]
+    head: Share
+    head_lr: Positive
     compare: bool
 
     @model_validator(mode="after")

@@ -1,0 +1,90 @@
+"""What a run trains on, read as its source reads it; and a head for the task, where the source has none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from padconvert.errors import UsageError
+from padconvert.finetune.data.readers import table
+from padconvert.finetune.data.sources import Data, open_data
+from padconvert.finetune.data.tokenizer import Tokenizer, tokenizer_of
+from padconvert.finetune.head import train_head_
+from padconvert.load.directory_head import has_head, with_head
+from padconvert.load.opened import Opened
+from padconvert.options import ConvertOptions
+from padconvert.policy import Policy
+from padconvert.progress import Progress
+from padconvert.walk.quiet import device_of
+
+
+def open_task(
+    opened: Opened, policy: Policy, options: ConvertOptions, progress: Progress
+) -> tuple[Opened, Data | None]:
+    """The run's data, or None; and the source, with a new head trained on that data where the task needs one.
+
+    Raises UsageError for a task without data, or for a network that cannot have a head; FileError for the data.
+    """
+    if not policy.data.train:
+        if policy.data.task is not None:
+            raise UsageError(f"--task {policy.data.task}: there is nothing to train on. Name data with --data.")
+        return opened, None
+    tokenizer = tokenizer_for(opened.path, policy)
+    headless = _is_headless(opened, policy)
+    words = None if headless else label_numbers(opened)
+    data = open_data(policy.data, seed=options.seed, tokenizer=tokenizer, label2id=words)
+    return (_with_trained_head(opened, data, policy, options, tokenizer, progress) if headless else opened), data
+
+
+def tokenizer_for(path: Path, policy: Policy) -> Tokenizer | None:
+    """The tokenizer of a transformers directory where the data may be text, else None."""
+    wanted = policy.data.text_columns or policy.data.task or any(map(table.matches, policy.data.train))
+    return tokenizer_of(path) if wanted and (path / "config.json").is_file() and _reads_text(path) else None
+
+
+def _reads_text(path: Path) -> bool:
+    """A network of images has a preprocessor's settings and no tokenizer."""
+    return not ((path / "preprocessor_config.json").is_file() and not (path / "tokenizer_config.json").is_file())
+
+
+def label_numbers(opened: Opened) -> dict[str, int] | None:
+    """How the source's own head numbers its classes, where it has one."""
+    if not has_head(opened.architecture):
+        return None
+    found = opened.architecture["config"].get("label2id")
+    return dict(found) if found else None
+
+
+def _is_headless(opened: Opened, policy: Policy) -> bool:
+    architecture = opened.architecture
+    asked = policy.data.task is not None and architecture.get("kind") == "transformers"
+    return asked and not has_head(architecture) and not opened.goes_on
+
+
+def _with_trained_head(
+    opened: Opened, data: Data, policy: Policy, options: ConvertOptions, tokenizer: Tokenizer | None, progress: Progress
+) -> Opened:
+    if data.num_outputs is None:
+        raise UsageError(f"--task {policy.data.task}: the data has no labels to make a head for.")
+    regression = data.task is not None and data.task.regression
+    module, architecture, new = with_head(
+        opened.module,
+        opened.architecture,
+        outputs=data.num_outputs,
+        names=data.class_names,
+        regression=regression,
+        text=tokenizer is not None,
+        pad_token=None if tokenizer is None else tokenizer.pad_token_id,
+        where=str(opened.path),
+    )
+    device = device_of(opened.module) or torch.device("cpu")
+    module = module.to(device)
+    progress.stage("train the new head")
+    steps = train_head_(module, set(new), data, policy, options.seed, device, progress)
+    note = (
+        f"a new head ({type(module).__name__}, {data.num_outputs} outputs) was trained alone for {steps} steps first; "
+        "with it, the source is what all variants start from"
+    )
+    return replace(opened, module=module, static=module, architecture=architecture, notes=(*opened.notes, note))
