@@ -68,9 +68,10 @@ def watch(root: nn.Module, layers: Sequence[Found], probe: ProbeSpec) -> Watched
         stack.callback(register_module_forward_hook(watcher.leave, with_kwargs=True).remove)
         with watcher:
             output = call(root, args, kwargs)
-    returned = [_storage(tensor) for tensor in (*_tensors(output), *flat_outputs(output))]
-    chains, heads = watcher.trace.finish(returned), watcher.heads(flat_outputs(output))
-    return Watched(watcher.seen, frozenset(watcher.read), heads, chains, watcher.sequences.calls)
+        outputs = flat_outputs(output)
+        # Before the model is put back as it was: what it keeps of the call is still on it.
+        chains = watcher.trace.finish(_storage(tensor) for tensor in (*_tensors(output), *outputs))
+    return Watched(watcher.seen, frozenset(watcher.read), watcher.heads(outputs), chains, watcher.sequences.calls)
 
 
 class _Watcher(TorchDispatchMode):
@@ -99,15 +100,16 @@ class _Watcher(TorchDispatchMode):
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if module not in self.index:
             return
-        index, inputs = self.inside[-1], _memories([args, kwargs])
+        inputs, made = _memories([args, kwargs]), _memories(output)
         if inputs and isinstance(output, Tensor):
-            self.sequences.keep(index, inputs[0][0])  # while inside: what it reads is no dataflow of the model
+            self._called(self.index[module], inputs, made)
         self.inside.pop()
-        if not inputs or not isinstance(output, Tensor):
-            return
-        made = _memories(output)
-        origins = self._of(inputs)
-        self._count(index, inputs[0][0], output)
+
+    def _called(self, index: int, inputs: list[Memory], made: list[Memory]) -> None:
+        """What is computed in here counts as inside the layer."""
+        given, origins = inputs[0][0], self._of(inputs)
+        self._count(index, given, made[0][0])
+        self.sequences.keep(index, given)
         self.followed |= origins - {index}
         self.trace.layer(index, inputs, made[0], origins)
         self._set(made, frozenset({index}))

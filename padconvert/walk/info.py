@@ -16,7 +16,8 @@ class LayerInfo:
     (without the batch dimension) are None where no input was known.
 
     `group` is the first member's name where the layer belongs to a feed-forward block (FFN) that was proven to be one,
-    else "". `causal`: its inputs at a position do not depend on later positions (None: not known).
+    else ""; a layer of role FFN that belongs to none has the words why in `detail`. `causal`: its sequence is read from
+    left to right, so that nothing at a position depends on later ones (None: not known, or not on a sequence).
     """
 
     name: str
@@ -35,7 +36,7 @@ class LayerInfo:
     order: int | None = None
     input_shape: tuple[int, ...] | None = None
     output_shape: tuple[int, ...] | None = None
-    detail: str = ""  # extra words for a person, e.g. which parent reads the weight
+    detail: str = ""  # extra words for a person, e.g. which parent reads the weight, what breaks a block
     group: str = ""
     place: Place = Place.ALONE
     causal: bool | None = None

@@ -13,6 +13,7 @@ ffn        linear layers d → h … h → d, h > d, next to each other under on
 conv, linear   all others
 
 The first that holds wins, but an ffn under an attention-like class further up than its own parent is an ffn.
+Beside these the members of every block that a forward proves (`walk.groups`) are ffn, whatever they are called.
 """
 
 from __future__ import annotations
