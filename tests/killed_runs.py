@@ -60,14 +60,14 @@ def die_in_save(number: int, *, whole: bool) -> None:
 
 def die_in_write() -> None:
     """Kill with the artefact's bytes in the temporary file, which has not got its name yet."""
-    write = padconvert.checkpoint.write._write_all
+    write = padconvert.checkpoint.write.write_tensors
 
     def dying(*args: Any) -> str:
         write(*args)
         die()
         raise AssertionError("it lives")
 
-    vars(padconvert.checkpoint.write)["_write_all"] = dying
+    vars(padconvert.checkpoint.write)["write_tensors"] = dying
 
 
 def run(job: dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ MOMENTS: dict[str, tuple[str, str, int]] = {
     "between rounds": ("padconvert.finetune.loop", "set_lr_", 7),
     "saving the state": ("padconvert.finetune.resume", "save_file", 3),
     "folding": ("padconvert.convert", "fold_", 1),
-    "writing": ("padconvert.checkpoint.write", "_write_all", 1),
+    "writing": ("padconvert.checkpoint.write", "write_tensors", 1),
     "reading back": ("padconvert.seal", "read_checkpoint", 1),
 }
 
@@ -120,8 +120,8 @@ def test_a_second_sigterm_does_not_stop_the_cleaning_up(
 ) -> None:
     terminate = once(lambda: os.kill(os.getpid(), signal.SIGTERM))
     monkeypatch.setattr(Path, "unlink", terminate(Path.unlink))
-    write = padconvert.checkpoint.write._write_all
-    monkeypatch.setattr(padconvert.checkpoint.write, "_write_all", terminate(write))
+    write = padconvert.checkpoint.write.write_tensors
+    monkeypatch.setattr(padconvert.checkpoint.write, "write_tensors", terminate(write))
     assert main(["convert", str(place / "model.pt"), "-o", str(tmp_path / "out.st")]) == 130
     assert list(tmp_path.iterdir()) == []
 
@@ -137,7 +137,28 @@ def test_sigterm_outside_of_a_conversion_is_130_too(
     assert json.loads(captured.out)["exit_code"] == 130
 
 
-def test_a_real_process_is_terminated(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["loading", "planning", "rewriting", "folding", "writing", "reading back"])
+def test_a_ctrl_c_in_a_run_without_training_leaves_nothing(
+    moment: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["convert", str(place / "model.pt"), "-o", str(tmp_path / "out.st"), "--force", "-q"]
+    (tmp_path / "out.st").write_bytes(b"yesterday")
+    with monkeypatch.context() as patch:
+        place_of_it, name, call = MOMENTS[moment]
+        module = importlib.import_module(place_of_it)
+        kill = once(lambda: os.kill(os.getpid(), signal.SIGINT), call, after=moment == "writing")
+        patch.setattr(module, name, kill(getattr(module, name)))
+        assert main(words) == 130
+    assert capsys.readouterr().err == (
+        "error: Interrupted; nothing was written. With --work-dir DIR a run can be resumed.\n"
+    )
+    assert files(tmp_path) == {"out.st": b"yesterday"}
+    assert main(words) == 0
+    assert (tmp_path / "out.st").read_bytes() == (place / "free.st").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_real_process_is_terminated(number: int, place: Path, tmp_path: Path) -> None:
     """From outside, at no chosen moment, with output in the middle of a line."""
     words = trained(place, tmp_path / "out.st", "--work-dir", str(tmp_path / "work"), "--steps", "1000000")
     process = subprocess.Popen([sys.executable, "-m", "padconvert", *words], stderr=subprocess.PIPE, text=True)
@@ -145,11 +166,12 @@ def test_a_real_process_is_terminated(place: Path, tmp_path: Path) -> None:
     while not (tmp_path / "work" / "run.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.2)
-    process.terminate()
+    process.send_signal(number)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130, said
     assert "Traceback" not in said
     assert "Interrupted" in said
+    assert f"The same command goes on from {tmp_path / 'work'}." in said
     assert files(tmp_path) == {}
 
 

@@ -98,6 +98,7 @@ def trained_layer(granularity: Granularity = Granularity.ELEMENT) -> tuple[PadLa
     cluster = torch.randint(0, 3, (240,), generator=generator)
     x = torch.randn(240, 6, generator=generator, dtype=torch.float64) + 3 * torch.eye(3, 6).double()[cluster]
     target = torch.einsum("noi,ni->no", torch.randn(3, 4, 6, generator=generator).double()[cluster], x)
+    torch.manual_seed(0)
     static = nn.Linear(6, 4, dtype=torch.float64)
     pad = upcycle(
         static,
@@ -150,9 +151,9 @@ def test_taylor_ranks_as_the_true_loss_change(granularity: Granularity) -> None:
     score, mean = scores_of(pad, x, target, "taylor")
     changes = true_changes(pad, x, target, mean)
     if granularity is Granularity.ELEMENT:
-        assert spearmanr(score, changes).statistic >= 0.95
-        assert spearmanr(scores_of(pad, x, target, "snip")[0], changes).statistic < 0.92
-        assert spearmanr(scores_of(pad, x, target, "random")[0], changes).statistic < 0.6
+        assert spearmanr(score, changes).statistic >= 0.97
+        assert spearmanr(scores_of(pad, x, target, "snip")[0], changes).statistic < 0.5
+        assert spearmanr(scores_of(pad, x, target, "random")[0], changes).statistic < 0.4
     else:
         assert int(score.argmax()) == int(torch.tensor(changes).argmax())
 

@@ -67,7 +67,7 @@ def run(job: dict[str, Any]) -> None:
             fdopen = os.fdopen
             vars(os)["fdopen"] = lambda descriptor, mode: Dying(fdopen(descriptor, mode), number)
         case "renamed":
-            vars(padconvert.checkpoint.write)["_sync_folder"] = lambda _: killed_runs.die()
+            vars(padconvert.checkpoint.write)["sync"] = lambda _: killed_runs.die()
         case _:
             killed_runs.run(job)
             return
