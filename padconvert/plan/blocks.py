@@ -91,8 +91,9 @@ def _differ(name: str, members: Sequence[LayerPlan], resolved: Resolved) -> str:
     parts: dict[int | None, list[str]] = {}
     for member in members:
         parts.setdefault(member.rule, []).append(member.info.name)
-    named = {rule: "ffn" if rule is None else with_origin(f"rules[{rule}]", resolved.origins) for rule in parts}
-    said = "; ".join(f"{named[rule]} decides over {', '.join(names)}" for rule, names in parts.items())
+    ruled = [(with_origin(f"rules[{rule}]", resolved.origins), parts[rule]) for rule in parts if rule is not None]
+    decided = [*ruled, ("'ffn'", parts[None])] if None in parts else ruled
+    said = "; ".join(f"{who} decides over {', '.join(names)}" for who, names in decided)
     return (
         f"{said}: the feed-forward block {name} is converted as a whole. Let one rule match all of its layers, or "
         "convert each by itself with 'level: linear'"
