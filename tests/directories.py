@@ -35,6 +35,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "T5ForConditionalGeneration": ("T5Config", _T5),
     "T5EncoderModel": ("T5Config", {**_T5, "feed_forward_proj": "gated-gelu"}),
     "ViTModel": ("ViTConfig", _VIT),
+    "ResNetModel": (
+        "ResNetConfig",
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+    ),
     "MixtralForCausalLM": ("MixtralConfig", {**_LLAMA, "num_local_experts": 4}),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -153,6 +154,21 @@ def test_nothing_of_the_surroundings_is_changed(tmp_path: Path, capfd: pytest.Ca
     assert not model.weight.is_meta
 
 
+def test_lost_statistics_are_refused_and_counters_are_not(tmp_path: Path) -> None:
+    model = tiny("ResNetModel")
+    for buffer in model.buffers():
+        buffer.add_(1)
+    folder = saved(model, tmp_path / "m")
+    held = load_file(folder / W)
+    save_file({name: t for name, t in held.items() if not name.endswith("num_batches_tracked")}, folder / W)
+    source = open_source(folder)
+    assert source.module is not None
+    assert all(torch.equal(a, b) for a, b in zip(outputs(source.module), outputs(model), strict=True))
+    save_file({name: t for name, t in held.items() if not name.endswith("running_mean")}, folder / W)
+    with pytest.raises(FileError, match=r"running_mean.*stay random"):
+        open_source(folder)
+
+
 # ---- which class
 
 
@@ -238,6 +254,16 @@ def linked(name: str) -> Change:
     return apply
 
 
+def piped(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def dangling(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
 def pickled(make: Callable[[dict[str, Tensor]], object]) -> Change:
     def apply(folder: Path) -> None:
         torch.save(make(load_file(folder / W)), folder / "pytorch_model.bin")
@@ -266,7 +292,7 @@ SINGLE: dict[str, tuple[Change, type[PadconvertError], str]] = {
         FileError,
         "of another shape .*is \\[24, 16\\], the config's \\[25",
     ),
-    "a layer more": (config(num_hidden_layers=3), FileError, "weights lack 16 of the parameters.*encoder.layer.2"),
+    "a layer more": (config(num_hidden_layers=3), FileError, "weights lack 16 of the values.*encoder.layer.2"),
     "layers without end": (config(num_hidden_layers=90_000), FileError, "hold no such network"),
     "layers past counting": (config(num_hidden_layers=10**12), FileError, "more than any network"),
     "labels past counting": (config(num_labels=10**12), FileError, "more than any network"),
@@ -286,6 +312,9 @@ SINGLE: dict[str, tuple[Change, type[PadconvertError], str]] = {
     "vast": (text("config.json", " " * (17 << 20) + "{}"), FileError, "larger than 16 MiB"),
     "a config from elsewhere": (linked("config.json"), UnsafeError, "leads out of the directory"),
     "weights from elsewhere": (linked(W), UnsafeError, "leads out of the directory"),
+    "a pipe for a config": (lambda folder: piped(folder / "config.json"), FileError, "is no regular file"),
+    "a pipe for weights": (lambda folder: piped(folder / W), FileError, "is no regular file"),
+    "a link to nothing": (lambda folder: dangling(folder / W), FileError, "is missing"),
     "no weights": (lambda folder: (folder / W).unlink(), FileError, "holds no weights"),
     "weights cut off": (
         lambda folder: (folder / W).write_bytes((folder / W).read_bytes()[:-9]),
@@ -295,7 +324,7 @@ SINGLE: dict[str, tuple[Change, type[PadconvertError], str]] = {
     "no pooler": (
         tensors(lambda held: [held.pop(f"pooler.dense.{part}") for part in ("weight", "bias")]),
         FileError,
-        "lack 2 of the parameters of BertModel \\(pooler.dense.bias, pooler.dense.weight\\), which would stay random",
+        "lack 2 of the values of BertModel \\(pooler.dense.bias, pooler.dense.weight\\), which would stay random",
     ),
     "not a number in weights": (
         tensors(lambda held: held["pooler.dense.bias"].fill_(float("nan"))),

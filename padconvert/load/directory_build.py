@@ -27,6 +27,7 @@ _SHOWN = 4
 _PARTS_A_TENSOR = 16
 _PARTS = 2_000
 _BUFFER_BYTES = 1 << 28
+_STATISTICS = ("running_mean", "running_var")
 
 
 def load_pretrained(
@@ -41,7 +42,7 @@ def load_pretrained(
     missing = _missing(module, info)
     if missing:
         raise FileError(
-            f"{where}: its weights lack {len(missing)} of the parameters of {type(module).__name__} "
+            f"{where}: its weights lack {len(missing)} of the values of {type(module).__name__} "
             f"({_first(missing)}), which would stay random. Name the class that was trained in the config's "
             "'architectures', or save the whole model with model.save_pretrained."
         )
@@ -72,7 +73,9 @@ def _loaded(
 
 
 def _missing(module: nn.Module, info: Mapping[str, Any]) -> list[str]:
-    return sorted(set(info["missing_keys"]) - {name for name, _ in module.named_buffers()})
+    """Parameters and statistics without a tensor. Other buffers are computed from the config alone."""
+    computed = {name for name, _ in module.named_buffers() if not name.endswith(_STATISTICS)}
+    return sorted(set(info["missing_keys"]) - computed)
 
 
 def rebuild_transformers(

@@ -19,7 +19,7 @@ _DROPPED = frozenset({
     "fusion_config", "name_or_path", "torch_dtype", "transformers_version", "transformers_weights",
 })  # fmt: skip
 # lists as long as these are made before the first layer is
-_COUNTS = re.compile(r"(layers?|depths?|experts|stages?|groups|num_labels)$")
+_COUNTS = re.compile(r"(layers?|blocks?|depths?|experts|stages?|groups|num_labels)$")
 _MAX_COUNT = 100_000
 _LABELS = frozenset({"id2label", "label2id"})  # their keys are a user's words
 
