@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from padconvert.checkpoint.bitmask import PlacementChecks
-from padconvert.checkpoint.folder import carries_manifest, examine_folder, merged
+from padconvert.checkpoint.folder import INDEX, SINGLE, carries_manifest, examine_folder, merged
 from padconvert.checkpoint.header import Header, header_of, open_regular, quote, read_metadata
 from padconvert.checkpoint.layout import check_layout
 from padconvert.checkpoint.manifest import KEY, Manifest, check_seal, manifest_from_json
@@ -143,7 +143,8 @@ def _checked_manifest(path: Path, header: Header) -> Manifest:
 
 
 def _read_folder(folder: Path) -> Checkpoint:
-    if not carries_manifest(folder):
+    # with a file of tensors there, its reader says better what is wrong
+    if not carries_manifest(folder) and not any((folder / name).exists() for name in (SINGLE, INDEX)):
         raise FileError(f"{folder}: {_NO_ARTEFACT} (a folder without a manifest).")
     plan = examine_folder(folder)
     files = {name: open_tensors(folder / name) for name in plan.files}

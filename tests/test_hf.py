@@ -1,0 +1,275 @@
+"""transformers' own from_pretrained: with the plug-in the very model, without it an error."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import padconvert
+import padconvert.hf
+from directories import MODELS, edited, tiny
+from directory_artefacts import artefact, outputs, probe_of
+from padconvert.__main__ import main
+from padconvert.checkpoint.folder import SINGLE
+from padconvert.checkpoint.read import read_checkpoint
+from padconvert.errors import FileError, UsageError
+from padconvert.load.directory_build import alone
+from padconvert.results import Check
+from padconvert.rewrite import pad_layers
+from padconvert.verify import verify
+from test_directory_artefact import content, state
+
+LINEAR = {"ffn__level": "linear"}
+#: a Mixtral's experts are no linear layers, and the rest of it stays static
+CONVERTED = sorted(MODELS.keys() - {"MixtralForCausalLM"})
+
+
+def from_pretrained(folder: Path, name: str = "AutoModel", **options: Any) -> Any:
+    with alone(str(folder)):
+        return getattr(transformers, name).from_pretrained(folder, **options)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return artefact(tiny("BertForSequenceClassification"), tmp_path_factory.mktemp("bert"), **LINEAR)
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_the_same_outputs_to_the_bit(name: str, tmp_path: Path) -> None:
+    source = tiny(name)
+    out = artefact(source, tmp_path, **LINEAR)
+    ours, theirs, probe = padconvert.load(out), from_pretrained(out, name), probe_of(source)
+    assert set(pad_layers(ours)) == set(pad_layers(theirs)) != set()
+    assert state(ours) == state(theirs)
+    for a, b, c in zip(outputs(ours, probe), outputs(theirs, probe), outputs(source, probe), strict=True):
+        assert torch.equal(a, b)
+        assert not torch.allclose(a, c, atol=1e-6)
+    assert not theirs.training
+    assert any(parameter.requires_grad for parameter in theirs.parameters())
+
+
+PLAIN = """
+import sys, transformers
+try:
+    transformers.AutoModel.from_pretrained(sys.argv[1])
+except RuntimeError as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
+def test_without_the_plug_in_transformers_refuses(bert: Path) -> None:
+    """In an interpreter that never heard of padconvert."""
+    done = subprocess.run([sys.executable, "-c", PLAIN, str(bert)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "refused: You set `ignore_mismatched_sizes` to `False`" in done.stderr
+    assert "Unknown quantization type, got padconvert" in done.stderr
+    assert "ckpt: torch.Size([0])" in done.stderr
+
+
+def test_a_class_with_another_head_or_none(bert: Path) -> None:
+    whole, probe = padconvert.load(bert), probe_of(padconvert.load(bert))
+    body, other = from_pretrained(bert), from_pretrained(bert, "AutoModelForMaskedLM")
+    assert {f"bert.{name}" for name in pad_layers(body)} == set(pad_layers(whole)) == set(pad_layers(other))
+    inner: Any = whole
+    kwargs = probe.make(3)[1]
+    with torch.no_grad():
+        wanted = inner.bert(**kwargs).last_hidden_state
+        assert torch.equal(body(**kwargs).last_hidden_state, wanted)
+        assert torch.equal(other.bert(**kwargs).last_hidden_state, wanted)
+    with pytest.raises(FileError, match=r"GPT2Model has no layer named 'bert\.encoder"):
+        from_pretrained(bert, "GPT2Model", config=_config(bert, transformers.GPT2Config()))
+
+
+def _config(folder: Path, config: Any) -> Any:
+    config.quantization_config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return config
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_take_the_asked_dtype_and_nothing_else_does(dtype: torch.dtype, bert: Path) -> None:
+    model = from_pretrained(bert, dtype=dtype)
+    for layer in pad_layers(model).values():
+        kinds = {name: tensor.dtype for name, tensor in layer.state_dict().items()}
+        assert {kinds.pop(name) for name in list(kinds) if name.startswith("router.")} == {torch.float32}
+        assert {kinds.pop(name) for name in list(kinds) if name.endswith("bitmask")} == {torch.uint8}
+        assert set(kinds.values()) == {dtype}
+        assert layer.facts().dtype == str(dtype).removeprefix("torch.")
+    wanted, found = (outputs(m, probe_of(m))[0].double() for m in (from_pretrained(bert), model))
+    assert float((wanted - found).abs().max()) < (0.1 if dtype is torch.bfloat16 else 1e-5)
+
+
+def test_equal_experts_are_all_there_again(tmp_path: Path) -> None:
+    out = artefact(tiny(), tmp_path, trained=False, **LINEAR)
+    model = from_pretrained(out)
+    for layer in pad_layers(model).values():
+        dynamic = layer.weight_dynamic
+        assert dynamic is not None
+        assert len(dynamic) == layer.num_experts
+        assert torch.equal(dynamic, dynamic[:1].expand_as(dynamic))
+        assert dynamic.is_contiguous()
+    assert state(model) == state(padconvert.load(out))
+
+
+def test_shards(tmp_path: Path) -> None:
+    model = tiny()
+    out = artefact(model, tmp_path / "one", **LINEAR)
+    (tmp_path / "two").mkdir()
+    loaded = from_pretrained(out)
+    loaded.save_pretrained(tmp_path / "two", max_shard_size="10KB")
+    assert len(list((tmp_path / "two").glob("*.safetensors"))) > 2
+    assert state(padconvert.load(tmp_path / "two")) == state(loaded) == state(from_pretrained(tmp_path / "two"))
+
+
+# ---- saved again
+
+
+def failed(checks: tuple[Check, ...]) -> list[str]:
+    return [check.name for check in checks if not check.passed]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_saved_untouched_it_is_what_it_was(trained: bool, tmp_path: Path) -> None:
+    out = artefact(tiny("GPT2LMHeadModel"), tmp_path, trained=trained, **LINEAR)
+    from_pretrained(out, "GPT2LMHeadModel").save_pretrained(tmp_path / "again")
+    one, two = read_checkpoint(out), read_checkpoint(tmp_path / "again")
+    assert two.manifest == one.manifest
+    assert {name: bytes(t.reshape(-1).view(torch.uint8).numpy()) for name, t in two.tensors().items()} == {
+        name: bytes(t.reshape(-1).view(torch.uint8).numpy()) for name, t in one.tensors().items()
+    }
+    result = verify(tmp_path / "again", loader="hf")
+    assert (failed(result.checks), [check.name for check in result.checks if not check.held]) == ([], [])
+
+
+def test_trained_on_it_is_honest(bert: Path, tmp_path: Path) -> None:
+    """Trained, saved, loaded: the checksums are of the new tensors, and nothing is held against the old outputs."""
+    model = from_pretrained(bert, "BertForSequenceClassification").train()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    ids = torch.randint(1, 99, (4, 6), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+    optimizer.step()
+    name, layer = next(iter(pad_layers(model).items()))
+    assert not torch.equal(layer.state_dict()["weight_dynamic"], before[f"{name}.weight_dynamic"])
+    model.save_pretrained(tmp_path / "again")
+    old, new = read_checkpoint(bert).manifest, read_checkpoint(tmp_path / "again").manifest
+    assert (new.trained, new.provenance.route, new.probe) == (True, "trained", None)
+    assert old.probe is not None
+    assert new.crc32 != old.crc32
+    result = verify(tmp_path / "again", loader="hf")
+    assert failed(result.checks) == []
+    assert state(from_pretrained(tmp_path / "again", "BertForSequenceClassification")) == state(model)
+    assert state(padconvert.load(tmp_path / "again")) == state(model)
+
+
+def test_with_another_head_it_is_saved_as_that(bert: Path, tmp_path: Path) -> None:
+    from_pretrained(bert, "AutoModelForMaskedLM").save_pretrained(tmp_path / "again")
+    checkpoint = read_checkpoint(tmp_path / "again")
+    assert checkpoint.manifest.architecture["class"] == "BertForMaskedLM"
+    assert type(padconvert.load(tmp_path / "again")).__name__ == "BertForMaskedLM"
+    assert failed(verify(tmp_path / "again", loader="hf").checks) == []
+
+
+def test_cast_and_saved_it_is_of_that_dtype(bert: Path, tmp_path: Path) -> None:
+    model = from_pretrained(bert, "BertForSequenceClassification", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "again")
+    checkpoint = read_checkpoint(tmp_path / "again")
+    assert {entry.facts.dtype for entry in checkpoint.manifest.layers} == {"bfloat16"}
+    assert checkpoint.manifest.architecture["dtype"] == "bfloat16"
+    assert state(padconvert.load(tmp_path / "again")) == state(model)
+
+
+def test_an_unfolded_model_is_not_saved(bert: Path, tmp_path: Path) -> None:
+    model = from_pretrained(bert)
+    next(iter(pad_layers(model).values())).add_scales_()
+    with pytest.raises(UsageError, match=r"is not folded, and only folded models are stored: padconvert\.fold"):
+        model.save_pretrained(tmp_path / "again")
+
+
+# ---- what is refused
+
+
+def test_a_spread_model_is_refused(bert: Path) -> None:
+    """Asked directly, for transformers hands a device_map on only where accelerate is installed."""
+    part = json.loads((bert / "config.json").read_text())["quantization_config"]
+    quantizer = padconvert.hf.PadConvertQuantizer(padconvert.hf.PadConvertConfig(**part))
+    for given in ("auto", {"": "cpu", "encoder": "disk"}):
+        with pytest.raises(UsageError, match="loaded whole, onto one device"):
+            quantizer.validate_environment(device_map=given)
+    for given in (None, {"": torch.device("cpu")}):
+        quantizer.validate_environment(device_map=given)
+    with pytest.raises(ValueError, match="does require the model to be pre-quantized"):
+        padconvert.hf.PadConvertQuantizer(padconvert.hf.PadConvertConfig(**part), pre_quantized=False)
+
+
+@pytest.fixture
+def damaged(bert: Path, tmp_path: Path) -> Path:
+    for name, data in content(bert).items():
+        (tmp_path / name).write_bytes(data)
+    return tmp_path
+
+
+def test_files_that_are_not_the_manifests_are_refused(damaged: Path) -> None:
+    edited(damaged, lambda config: config["quantization_config"]["layers"][0]["facts"].update(num_experts=7))
+    with pytest.raises(FileError, match="the header is damaged: its checksum does not fit"):
+        from_pretrained(damaged)
+    edited(damaged, lambda config: config["quantization_config"].update(format=2))
+    with pytest.raises(FileError, match="checkpoint format 2; a newer padconvert is needed"):
+        from_pretrained(damaged)
+
+
+def test_a_bitmask_with_other_bits_is_refused(damaged: Path) -> None:
+    checkpoint = read_checkpoint(damaged)
+    name = next(name for name in checkpoint.header.tensors if name.endswith("weight_dynamic"))
+    slot = checkpoint.header.tensors[name.replace("weight_dynamic", "dynamic_bitmask")]
+    data = bytearray((damaged / SINGLE).read_bytes())
+    data[checkpoint.header.data_start + slot.begin] ^= 1
+    (damaged / SINGLE).write_bytes(data)
+    with pytest.raises(FileError, match="bits are set, the manifest says"):
+        from_pretrained(damaged)
+
+
+# ---- verify --loader hf
+
+
+def test_verify_through_transformers(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(bert), "--loader", "hf"]) == 0
+    said = capsys.readouterr().out
+    for name in ("loads through transformers", "same outputs through transformers", "fails without padconvert.hf"):
+        assert f"✓ {name}" in said
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    made = copy.deepcopy(net)
+    padconvert.rewrite_(made, padconvert.plan(net, inputs=torch.randn(2, 4)))
+    padconvert.save(made, tmp_path / "file.st")
+    assert main(["verify", str(tmp_path / "file.st"), "--loader", "hf"]) == 2
+    assert "is no transformers directory" in capsys.readouterr().err
+    assert main(["verify", str(bert), "--loader", "gguf"]) == 2
+
+
+def test_verify_sees_what_would_load_at_random(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same artefact as it would be without the empty tensors: transformers loads it, and only warns."""
+    model = from_pretrained(damaged, "BertForSequenceClassification")
+    monkeypatch.setattr("padconvert.checkpoint.save.placeholders", lambda _: {})
+    model.save_pretrained(damaged)
+    assert failed(verify(damaged, loader="hf").checks) == ["fails without padconvert.hf"]
+
+
+def test_verify_sees_another_model_through_transformers(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled = padconvert.hf.filled_layer
+
+    def off(*args: Any) -> nn.Module:
+        layer = filled(*args)
+        with torch.no_grad():
+            layer.router.bias += torch.arange(len(layer.router.bias))  # type: ignore[union-attr, arg-type]
+        return layer
+
+    monkeypatch.setattr(padconvert.hf, "filled_layer", off)
+    assert failed(verify(bert, loader="hf").checks) == ["same outputs through transformers"]
