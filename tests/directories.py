@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import nn
+
+from padconvert.__main__ import main
 
 _BERT = {
     "vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
@@ -20,6 +23,10 @@ _T5 = {"vocab_size": 99, "d_model": 16, "d_kv": 8, "num_layers": 2, "num_heads":
 _GPT2 = {"vocab_size": 99, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "bos_token_id": 1}
 _DISTIL = {"vocab_size": 99, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 32}
 _VIT = {**_BERT, "image_size": 12, "patch_size": 4}
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FIRST = "model-00001-of-00015.safetensors"  # of the tiny BertModel in shards of 2KB
 
 #: class → its config's class and settings
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -82,3 +89,14 @@ def edited(folder: Path, change: Callable[[dict[str, Any]], object], name: str =
     change(document)
     (folder / name).write_text(json.dumps(document))
     return folder
+
+
+def audit(folder: Path, code: int, verdict: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """What `inspect --audit --json` says of the directory, held against its exit code and verdict."""
+    capsys.readouterr()
+    assert main(["inspect", str(folder), "--audit", "--json"]) == code
+    captured = capsys.readouterr()
+    document: dict[str, Any] = json.loads(captured.out)
+    assert (document["verdict"], document["kind"]) == (verdict, "transformers")
+    assert captured.err == ("" if code == 0 else f"error: {document['detail']}\n")
+    return document
