@@ -166,7 +166,9 @@ class PadConvertQuantizer(HfQuantizer):
         part = config_with({}, manifest, specs)["quantization_config"]
         self.stated = PadConvertConfig(**part)
         model.config.quantization_config = self.quantization_config = self.stated
-        return {name: tensors[name].clone() for name in specs}, {}
+        # what is stored of equal experts is a part of a larger tensor, which would be counted as a whole
+        whole = {name for name in specs if tensors[name].untyped_storage().nbytes() == tensors[name].nbytes}
+        return {name: tensors[name] if name in whole else tensors[name].clone() for name in specs}, {}
 
     def is_serializable(self) -> bool:
         return True

@@ -35,7 +35,7 @@ def converted(model: nn.Module, *, trained: bool = True, **settings: object) -> 
             for name, parameter in layer.named_parameters():
                 if name.endswith("_dynamic"):
                     # with experts all the same nothing would show that one took another's place
-                    parameter += 0.02 * torch.randn(parameter.shape, generator=noise).to(parameter)
+                    parameter.add_(0.02 * torch.randn(parameter.shape, generator=noise).to(parameter))
     return fold_(made).eval()
 
 

@@ -32,7 +32,7 @@ from padconvert.load import describe
 from padconvert.rewrite import pad_layers
 from padconvert.words import Granularity, Kind, Place
 
-LINEAR = {"ffn__level": "linear"}
+LINEAR: dict[str, Any] = {"ffn__level": "linear"}
 
 
 def plain_entries() -> tuple[LayerEntry, ...]:

@@ -19,6 +19,7 @@ import padconvert.hf
 from directories import MODELS, edited, tiny
 from directory_artefacts import artefact, outputs, probe_of
 from padconvert.__main__ import main
+from padconvert.checkpoint.fill import filled_layer
 from padconvert.checkpoint.folder import SINGLE
 from padconvert.checkpoint.read import read_checkpoint
 from padconvert.errors import FileError, UsageError
@@ -26,9 +27,10 @@ from padconvert.load.directory_build import alone
 from padconvert.results import Check
 from padconvert.rewrite import pad_layers
 from padconvert.verify import verify
+from padconvert.words import Place
 from test_directory_artefact import content, state
 
-LINEAR = {"ffn__level": "linear"}
+LINEAR: dict[str, Any] = {"ffn__level": "linear"}
 #: a Mixtral's experts are no linear layers, and the rest of it stays static
 CONVERTED = sorted(MODELS.keys() - {"MixtralForCausalLM"})
 
@@ -60,7 +62,7 @@ def test_the_same_outputs_to_the_bit(name: str, tmp_path: Path) -> None:
 PLAIN = """
 import sys, transformers
 try:
-    transformers.AutoModel.from_pretrained(sys.argv[1])
+    transformers.BertModel.from_pretrained(sys.argv[1])
 except RuntimeError as error:
     sys.exit(f"refused: {error}")
 """
@@ -201,10 +203,12 @@ def test_a_spread_model_is_refused(bert: Path) -> None:
     """Asked directly, for transformers hands a device_map on only where accelerate is installed."""
     part = json.loads((bert / "config.json").read_text())["quantization_config"]
     quantizer = padconvert.hf.PadConvertQuantizer(padconvert.hf.PadConvertConfig(**part))
-    for given in ("auto", {"": "cpu", "encoder": "disk"}):
+    spread: list[Any] = ["auto", {"": "cpu", "encoder": "disk"}]
+    whole: list[Any] = [None, {"": torch.device("cpu")}]
+    for given in spread:
         with pytest.raises(UsageError, match="loaded whole, onto one device"):
             quantizer.validate_environment(device_map=given)
-    for given in (None, {"": torch.device("cpu")}):
+    for given in whole:
         quantizer.validate_environment(device_map=given)
     with pytest.raises(ValueError, match="does require the model to be pre-quantized"):
         padconvert.hf.PadConvertQuantizer(padconvert.hf.PadConvertConfig(**part), pre_quantized=False)
@@ -263,13 +267,25 @@ def test_verify_sees_what_would_load_at_random(damaged: Path, monkeypatch: pytes
 
 
 def test_verify_sees_another_model_through_transformers(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    filled = padconvert.hf.filled_layer
 
-    def off(*args: Any) -> nn.Module:
-        layer = filled(*args)
+    def off(*args: Any) -> Any:
+        layer: Any = filled_layer(*args)
         with torch.no_grad():
-            layer.router.bias += torch.arange(len(layer.router.bias))  # type: ignore[union-attr, arg-type]
+            layer.router.bias += torch.arange(len(layer.router.bias))
         return layer
 
     monkeypatch.setattr(padconvert.hf, "filled_layer", off)
     assert failed(verify(bert, loader="hf").checks) == ["same outputs through transformers"]
+
+
+def test_a_block_as_a_whole(tmp_path: Path) -> None:
+    """Members of a feed-forward block share a call's routing, however they were loaded."""
+    source = tiny("ViTModel")
+    out = artefact(source, tmp_path, ffn__granularity="neuron")
+    ours, theirs, probe = padconvert.load(out), from_pretrained(out), probe_of(source)
+    assert {layer.facts().place for layer in pad_layers(theirs).values()} == {Place.FIRST, Place.LAST}
+    for a, b, c in zip(outputs(ours, probe), outputs(theirs, probe), outputs(source, probe), strict=True):
+        assert torch.equal(a, b)
+        assert not torch.allclose(a, c, atol=1e-6)
+    theirs.save_pretrained(tmp_path / "again")
+    assert read_checkpoint(tmp_path / "again").manifest == read_checkpoint(out).manifest
