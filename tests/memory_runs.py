@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,8 +59,10 @@ def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     run(spec, SMALL)
     estimate, before = run(spec, spec["width"])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"estimate": estimate, "grew": peak - before}))
+    # not ru_maxrss, which begins at what the parent process held
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    peak_bytes = int(peak.split()[1]) * 1024
+    print(json.dumps({"estimate": estimate, "grew": peak_bytes - before}))
 
 
 if __name__ == "__main__":
