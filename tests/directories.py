@@ -91,12 +91,14 @@ def edited(folder: Path, change: Callable[[dict[str, Any]], object], name: str =
     return folder
 
 
-def audit(folder: Path, code: int, verdict: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+def audit(
+    path: Path, code: int, verdict: str, capsys: pytest.CaptureFixture[str], kind: str = "transformers"
+) -> dict[str, Any]:
     """What `inspect --audit --json` says of the directory, held against its exit code and verdict."""
     capsys.readouterr()
-    assert main(["inspect", str(folder), "--audit", "--json"]) == code
+    assert main(["inspect", str(path), "--audit", "--json"]) == code
     captured = capsys.readouterr()
     document: dict[str, Any] = json.loads(captured.out)
-    assert (document["verdict"], document["kind"]) == (verdict, "transformers")
+    assert (document["verdict"], document["kind"]) == (verdict, kind)
     assert captured.err == ("" if code == 0 else f"error: {document['detail']}\n")
     return document

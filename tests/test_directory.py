@@ -283,7 +283,10 @@ def test_a_single_file_artefact_of_a_directory(name: str, tmp_path: Path, capsys
     assert document["source"]["kind"] == "transformers"
     assert document["source"]["sha256"] == open_source(folder).sha256
     assert sum(layer["verdict"] == "convert" for layer in document["layers"]) > 0
+    assert main(["verify", str(out), "--against", str(folder)]) == 0
     shutil.rmtree(folder)
+    found = audit(out, 0, "safe", capsys, kind="artefact")
+    assert [name["name"].rpartition(".")[2] for name in found["names"]] == [name]
     made, wanted = outputs(load(out)), outputs(tiny(name))
     assert all(
         torch.allclose(a, b, rtol=0, atol=1e-5 * float(b.abs().max())) for a, b in zip(made, wanted, strict=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from padconvert.checkpoint.fill import all_names_inside
 from padconvert.checkpoint.header import read_header
 from padconvert.checkpoint.layout import join
 from padconvert.checkpoint.read import read_checkpoint
@@ -114,7 +115,11 @@ def _audit_artefact(path: Path, trust: tuple[str, ...]) -> Audit:
                     names = decode(architecture.get("skeleton"), str(path))[1]
                 layers = [name for entry in checkpoint.manifest.layers for name in (entry.name, *entry.aliases)]
                 absent = {join(name, part) for name in layers for part in ("weight", "bias")}
-                rebuild(architecture, checkpoint.tensors(), trust, missing_ok=absent)
+                inside = {name for entry in checkpoint.manifest.layers for name in all_names_inside(entry)}
+                kept = {name: tensor for name, tensor in checkpoint.tensors().items() if name not in inside}
+                built = rebuild(architecture, kept, trust, missing_ok=absent)
+                if kind == "transformers":
+                    names = [NameNode(type(built).__module__, type(built).__name__)]
     except UnsafeError as error:
         refused = names if architecture.get("kind") == "factory" else refused_names(names, trust)
         return Audit("artefact", _listed(names), _listed(refused), str(error), unsafe=True)
