@@ -272,13 +272,13 @@ def test_training_what_was_opened_leaves_the_files_alone(tmp_path: Path) -> None
     assert_same(second.module, tiny())
 
 
-LEVEL = ["--set", "ffn.level=linear"]
-
-
-@pytest.mark.parametrize("name", ["BertModel", "Qwen2ForCausalLM"])
-def test_a_single_file_artefact_of_a_directory(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("level", ["ffn", "linear"])
+@pytest.mark.parametrize("name", ["BertModel", "GPT2LMHeadModel", "Qwen2ForCausalLM"])
+def test_a_single_file_artefact_of_a_directory(
+    name: str, level: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, out = saved(tiny(name), tmp_path / "m"), tmp_path / "m.pad.safetensors"
-    assert main(["convert", str(folder), "-o", str(out), "--json", *LEVEL]) == 0
+    assert main(["convert", str(folder), "-o", str(out), "--json", "--set", f"ffn.level={level}"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["source"]["kind"] == "transformers"
     assert document["source"]["sha256"] == open_source(folder).sha256
