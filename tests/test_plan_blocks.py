@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -173,7 +174,7 @@ def test_no_more_experts_are_computed_than_there_are() -> None:
 
 def test_counts_of_a_gated_block() -> None:
     def of(granularity: str, ratio: str) -> dict[str, tuple[int, int | None, int | None]]:
-        settings = {"ffn__granularity": granularity, "ffn__dynamic_ratio": ratio}
+        settings: dict[str, Any] = {"ffn__granularity": granularity, "ffn__dynamic_ratio": ratio}
         return counts(planned(GATED, partition__scope="layer", **settings))
 
     assert of("element", "0.25") == {"up": (24, 6, 2), "gate": (24, 6, 2), "down": (24, 6, 1)}
