@@ -25,10 +25,6 @@ from padconvert.policy.pattern import name_matcher
 from padconvert.words import Role
 
 PACKAGE = Path(__file__).parent.parent
-NO_TOKENIZER = (
-    "needs a tokenizer, which this version does not have. Leave it out, and give tokenized arrays in an .npz file "
-    "with data.input_key: input_ids,attention_mask"
-)
 #: what `data.task` may say: tasks of GLUE by name, or what the labels of one's own text are
 TASKS = (
     *(f"glue/{name}" for name in ("sst2", "cola", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")),
