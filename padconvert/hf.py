@@ -154,6 +154,8 @@ class PadConvertQuantizer(HfQuantizer):
         join_groups_(model)
         # saved under the names it has in memory: those are the manifest's
         model._weight_conversions = []
+        # its parameters are ordinary ones: `model.float()` and training need no permission
+        model.is_quantized = False
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors that `save_pretrained` writes; the manifest of what they are now goes into the model's config.

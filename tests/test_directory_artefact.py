@@ -24,10 +24,11 @@ from padconvert.checkpoint.folder import INDEX, SINGLE
 from padconvert.checkpoint.manifest import LayerEntry
 from padconvert.checkpoint.read import is_artefact, read_checkpoint
 from padconvert.checkpoint.save import provenance_of, save_model
+from padconvert.checkpoint.whole_file import prefix_of
 from padconvert.checkpoint.whole_folder import check_folder_target
 from padconvert.checkpoint.write_folder import folder_sha256, write_folder
 from padconvert.errors import FileError, PadconvertError, UnsafeError, UsageError, VerificationError
-from padconvert.export.directory import source_shard_size
+from padconvert.export.directory import config_of, save_directory, source_shard_size
 from padconvert.load import describe
 from padconvert.rewrite import pad_layers
 from padconvert.words import Granularity, Kind, Place
@@ -269,6 +270,22 @@ def test_a_kill_loses_neither_folder(at: int, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_what_was_set_aside_stays_while_something_else_is_in_its_place(tmp_path: Path) -> None:
+    out = plain_folder(tmp_path / "out")
+    aside = tmp_path / f"{prefix_of(out)}00.old"
+    out.rename(aside)
+    out.mkdir()
+    (out / "thesis.tex").write_text("x")
+    with pytest.raises(UsageError, match="something else than an artefact"):
+        check_folder_target(out)
+    assert is_artefact(aside)
+    (out / "thesis.tex").unlink()
+    plain_folder(out, None)
+    assert is_artefact(aside)  # no run knows whether the new one is meant to take its place; the next one takes it away
+    plain_folder(out, force=True)
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_what_is_not_ours_is_never_replaced(tmp_path: Path) -> None:
     source = saved(tiny(), tmp_path / "source")
     (tmp_path / "file").write_text("x")
@@ -319,6 +336,32 @@ def test_everything_but_the_weights_is_copied(bert: Path) -> None:
     assert set(out) == {*copied, "README.md", "README.source.md", "config.json", SINGLE}
     assert all(out[name] == source[name] for name in copied)
     assert out["README.source.md"] == source["README.md"]
+
+
+def test_an_artefact_as_the_source_keeps_the_first_sources_card(bert: Path, tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(bert / "out")
+    again = tmp_path / "again"
+    save_directory(
+        padconvert.load(bert / "out"), again, source_dir=bert / "out", architecture=checkpoint.manifest.architecture,
+        provenance=checkpoint.manifest.provenance, policy={}, trained=True, probe=None,
+    )  # fmt: skip
+    one, two = content(bert / "out"), content(again)
+    assert one.keys() == two.keys()
+    assert one[SINGLE] == two[SINGLE]
+    assert one["README.source.md"] == two["README.source.md"]
+    assert two["README.md"].startswith(b"> **Load it only after `import padconvert.hf`**")
+    assert read_checkpoint(again).manifest.crc32 == checkpoint.manifest.crc32
+
+
+def test_a_head_that_was_added_is_in_the_config() -> None:
+    source = {"model_type": "bert", "dtype": "float16", "torch_dtype": "float16", "architectures": ["BertModel"],
+              "id2label": {"0": "a", "1": "b", "2": "c"}, "text": {"_name": 1, "width": 4}, "hidden": 3}  # fmt: skip
+    described = {"model_type": "bert", "id2label": {"0": "x", "1": "y"}, "text": {"width": 5}, "problem_type": "one"}
+    architecture = {"class": "BertForSequenceClassification", "config": described, "dtype": "float32"}
+    assert config_of(source, architecture) == {
+        "model_type": "bert", "dtype": "float32", "architectures": ["BertForSequenceClassification"],
+        "id2label": {"0": "x", "1": "y"}, "text": {"_name": 1, "width": 5}, "hidden": 3, "problem_type": "one",
+    }  # fmt: skip
 
 
 def test_the_card_begins_with_the_import(bert: Path) -> None:

@@ -131,6 +131,14 @@ def test_shards(tmp_path: Path) -> None:
     assert state(padconvert.load(tmp_path / "two")) == state(loaded) == state(from_pretrained(tmp_path / "two"))
 
 
+def test_it_is_an_ordinary_model(bert: Path) -> None:
+    model = from_pretrained(bert, dtype=torch.bfloat16).float()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    again = copy.deepcopy(model)
+    probe = probe_of(model)
+    assert torch.equal(outputs(again, probe)[0], outputs(model, probe)[0])
+
+
 # ---- saved again
 
 

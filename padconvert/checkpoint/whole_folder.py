@@ -90,9 +90,11 @@ def settle(target: Path) -> None:
 
 
 def _settle_one(left: Path, target: Path) -> None:
-    if left.suffix == ".old" and not target.exists():
+    if left.suffix == ".tmp":
+        shutil.rmtree(left, ignore_errors=True)
+    elif not target.exists():
         left.rename(target)
-    else:
+    elif carries_manifest(target):  # and not where something else has come up meanwhile: it may be the only one
         shutil.rmtree(left, ignore_errors=True)
 
 
