@@ -374,6 +374,23 @@ def test_layers_that_are_not_gate_and_up(name: str) -> None:
     assert layers(found)["gate"].detail == ("it is called again before down" if name == "one layer twice" else words)
 
 
+def test_a_value_read_before_gate_and_up_are_joined_breaks_the_block() -> None:
+    def forward(n: Any, x: Tensor) -> Tensor:
+        gate, up = n.gate(x), n.up(x)
+        return n.down(gate * up) + up.mean()
+
+    for order in (forward, lambda n, x: [u := n.up(x), m := u.mean(), n.down(n.gate(x) * u) + m][2]):
+        found = found_in(order, gate=UP, up=UP, down=DOWN)
+        assert groups(found) == {}
+        assert layers(found)["up"].detail == "mean reads the values between it and down too"
+
+
+def test_a_value_read_after_the_down_layer_breaks_the_block() -> None:
+    found = found_in(lambda n, x: [h := n.up(x), n.down(h), h.relu()][1], up=UP, down=DOWN)
+    assert groups(found) == {}
+    assert layers(found)["up"].detail == "relu reads the values between it and down too"
+
+
 def test_two_down_layers_on_one_up_layer_are_no_block() -> None:
     found = found_in(lambda n, x: n.one(h := n.up(x).relu()) + n.two(h), up=UP, one=DOWN, two=DOWN)
     assert groups(found) == {}

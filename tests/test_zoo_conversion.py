@@ -11,7 +11,7 @@ from torch import nn
 import zoo
 from padconvert import ConvertOptions, PadconvertError
 from padconvert.convert import convert
-from padconvert.errors import NothingEligibleError, UnsafeError
+from padconvert.errors import UnsafeError
 from padconvert.load.artefact import load
 from padconvert.rewrite import pad_layers
 from padconvert.verify import distance
@@ -23,7 +23,6 @@ EVERYTHING = "rules=[{name: '*', convert: true}]"
 TRUST = ("zoo_convolutions", "zoo_sequences", "zoo_traps")
 #: no layer of these can be converted, or the file asks for code
 REFUSED: dict[str, type[PadconvertError]] = {
-    "gpt2_own_conv1d": NothingEligibleError,
     "old_weight_and_spectral_norm": UnsafeError,
 }
 #: no inputs can be found for these by trying, so they are held together weight by weight
