@@ -83,7 +83,7 @@ SINGLE: dict[str, tuple[Change, type[PadconvertError], str]] = {
     "another width": (
         config(intermediate_size=25),
         FileError,
-        "of another shape .*is \\[24, 16\\], the config's \\[25",
+        r"6 tensors are of another shape .*\(encoder.layer.0.intermediate.dense.bias is \[24\], the config's \[25\]",
     ),
     "a layer more": (config(num_hidden_layers=3), FileError, "weights lack 16 of the values.*encoder.layer.2"),
     "layers without end": (config(num_hidden_layers=90_000), FileError, "hold no such network"),

@@ -217,7 +217,9 @@ def _bounds(tensors: int, stored: int, where: str, *, meta: bool = False) -> Ite
 
 
 def _check_loaded(module: nn.Module, info: Mapping[str, Any], where: str) -> None:
-    other = [f"{name} is {list(stored)}, the config's {list(own)}" for name, stored, own in info["mismatched_keys"]]
+    other = [
+        f"{name} is {list(stored)}, the config's {list(own)}" for name, stored, own in sorted(info["mismatched_keys"])
+    ]
     if other:
         raise FileError(f"{where}: {len(other)} tensors are of another shape than its config says ({_first(other)}).")
     if info.get("error_msgs"):
