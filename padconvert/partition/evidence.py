@@ -1,7 +1,7 @@
 """Gather what a score needs: mean routing weights and gradients, layer by layer, in eval mode.
 
-Sums run over fixed micro-batches in fp64, so that the same weights give the same dynamic_mask wherever the
-micro-batches are computed.
+Micro-batches are fixed, each is scored alone in the mixing dtype, and their sum is in fp64 and in their order: the
+same weights give the same dynamic_mask wherever the micro-batches are computed.
 """
 
 from __future__ import annotations
@@ -150,11 +150,11 @@ def _evidence(
         layer = layers[name]
         values = layer.cut_part(part)[1]
         assert values is not None
-        dynamic.append(values.double())
+        dynamic.append(values)
         if gradients:
             # the gradient of the scaled value: ∂L/∂(λ_d D) = ∂L/∂D / λ_d
             _, dynamic_scale = layer.scales()
-            gradient.append(layer.view(part).cut_packed(gradients[name, part]).double() / dynamic_scale)
+            gradient.append(layer.view(part).cut_packed(gradients[name, part]).to(values.dtype) / dynamic_scale)
     return Evidence(
         dynamic_KUS=torch.cat(dynamic, -1),
         mean_routing_K=mean_routing_K.to(dynamic[0]),
