@@ -48,6 +48,9 @@ def _layer_result(entry: LayerPlan, model: nn.Module | None) -> LayerResult:
         dtype=info.dtype,
         weight_shape=info.weight_shape,
         macs=info.macs,
+        group="" if choice is None else choice.group,
+        place=entry.place.value,
+        top_k=None if choice is None else choice.top_k,
     )
 
 

@@ -205,6 +205,9 @@ def _stored(entry: LayerEntry) -> LayerResult:
         detail="its experts are still equal" if entry.equal_experts else "",
         dtype=facts.dtype,
         weight_shape=facts.weight_shape,
+        group=facts.group,
+        place=facts.place.value,
+        top_k=facts.top_k,
     )
 
 

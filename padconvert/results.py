@@ -12,6 +12,11 @@ from padconvert.words import Reason, Verdict
 
 Metrics = dict[str, float]
 
+#: an expert with less than this share of an even one is as good as unused
+STARVED = 0.05
+#: below this entropy of the usage (1: all experts alike) a router has collapsed
+COLLAPSED = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
@@ -77,6 +82,9 @@ class LayerResult:
     dtype: str = ""
     weight_shape: tuple[int, ...] = ()
     macs: int | None = None  # multiply-adds per sample, where an input was known
+    group: str = ""  # first layer of the feed-forward block that it is converted with
+    place: str = "alone"  # in that block: "first", "peer" or "last"
+    top_k: int | None = None  # experts computed for a token; 0: all of them, mixed
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +121,8 @@ class RouterUse:
 
     `usage` is the share of choices that fell on each expert (top-k), or its mean routing weight (all mixed). Entropies
     are fractions of the highest, log K: of `usage`, 1 where all experts are used alike; of a single token's (sample's)
-    routing weights, 0 where one expert decides. `starved` experts get next to nothing; see `finetune.usage`.
+    routing weights, 0 where one expert decides. `starved` counts experts with less than `STARVED` of an even share;
+    `collapsed`: `usage_entropy` is below `COLLAPSED`.
     """
 
     layer: str

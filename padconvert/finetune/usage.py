@@ -12,16 +12,12 @@ from padconvert.finetune.data.examples import Examples
 from padconvert.finetune.objectives import dtype_of, forward
 from padconvert.layers.collecting import Note, collecting
 from padconvert.layers.routers import RouterModule
-from padconvert.results import RouterUse
+from padconvert.results import COLLAPSED, STARVED, RouterUse
 from padconvert.rewrite import pad_layers
 from padconvert.walk.quiet import evaluating
 
 #: examples that the routers are watched on
 SAMPLES = 1024
-#: an expert with less than this share of an even one is as good as unused
-STARVED = 0.05
-#: below this entropy of the usage (1: all experts alike) a router has collapsed
-COLLAPSED = 0.5
 
 
 def router_use(model: nn.Module, examples: Examples, batch_size: int, device: torch.device) -> tuple[RouterUse, ...]:
