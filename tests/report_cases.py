@@ -15,6 +15,7 @@ from padconvert.results import (
     Inspection,
     LayerResult,
     OutputFile,
+    RouterUse,
     SourceFile,
     Totals,
     Verification,
@@ -94,6 +95,53 @@ DRY_RUN = replace(
     totals=replace(TOTALS, bytes_output=106_880, bytes_fully_dynamic=219_500, bytes_header=0),
 )  # fmt: skip
 
+
+def _block(number: int, **counts: int) -> tuple[LayerResult, ...]:
+    """A gated feed-forward block, down declared before up, beside two projections of an attention."""
+    where = f"layers.{number}"
+    static = LayerResult(
+        f"{where}.attn.q", (), "linear", Verdict.STATIC, Reason.ATTENTION_STATIC,
+        type="Linear", role="attention", dtype="float32", weight_shape=(64, 64),
+    )  # fmt: skip
+    gate = LayerResult(
+        f"{where}.mlp.gate", (), "linear", Verdict.CONVERT, Reason.POLICY_DEFAULT, "neuron", 8, 0.5,
+        type="Linear", role="ffn", dtype="float32", weight_shape=(192, 64), group=f"{where}.mlp.gate", place="first",
+        top_k=2, **counts,
+    )  # fmt: skip
+    up = replace(gate, name=f"{where}.mlp.up", place="peer")
+    down = replace(gate, name=f"{where}.mlp.down", place="last", weight_shape=(64, 192))
+    return static, replace(static, name=f"{where}.attn.v"), down, gate, up
+
+
+BLOCKS = tuple(
+    layer
+    for number in range(6)
+    for layer in _block(number, n_static=6_144 - 64 * number, n_dynamic=6_144 + 64 * number)
+)
+PLANNED_BLOCKS = tuple(layer for number in (0, 1, 2, 4, 5) for layer in _block(number))
+
+MIXTURE = replace(
+    TRAINED,
+    source=SourceFile("bert", "transformers", 61_204, "a" * 64),
+    output=OutputFile("bert.pad", 113_480, "b" * 64),
+    layers=BLOCKS,
+    totals=replace(
+        TOTALS, params_active_source=14_762, params_active_output=17_000, params_active_fully_dynamic=20_300
+    ),
+    metrics=Comparison(
+        source={"loss": 0.69, "accuracy": 0.6911, "matthews": -0.0207},
+        output={"loss": 0.61, "accuracy": 0.7001, "matthews": 0.1234},
+        static={"loss": 0.62, "accuracy": 0.7002, "matthews": 0.1101},
+        fully_dynamic={"loss": 0.61, "accuracy": 0.7003, "matthews": 0.1302},
+        verdict="No gain over fine-tuning the static model for the same steps that this evaluation could show.",
+    ),
+    routers=(
+        RouterUse("layers.0.mlp.gate", (0.125,) * 8, 1.0, 0.17, 0, False),
+        RouterUse("layers.1.mlp.gate", (0.3, 0.2, 0.2, 0.1, 0.1, 0.096, 0.004, 0.0), 0.8312, 0.2, 2, False),
+        RouterUse("layers.2.mlp.gate", (0.97, 0.03, *(0.0,) * 6), 0.0648, 0.01, 6, True),
+    ),
+)
+
 INSPECTED_SOURCE = Inspection(
     path="model.pt",
     kind="module",
@@ -114,6 +162,19 @@ INSPECTED_SOURCE = Inspection(
     ),  # fmt: skip,
     layers=LAYERS,
     notes=("assumed an input of 1×8×8",),
+)
+
+INSPECTED_BLOCKS = replace(
+    INSPECTED_SOURCE,
+    path="bert",
+    kind="transformers",
+    layers=PLANNED_BLOCKS,
+    totals=replace(
+        INSPECTED_SOURCE.totals,
+        params_active_source=14_762,
+        params_active_output=17_000,
+        params_active_fully_dynamic=20_300,
+    ),
 )
 
 INSPECTED_ARTEFACT = replace(

@@ -8,9 +8,11 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -20,7 +22,9 @@ from padconvert.report import json_document, numbers, terminal
 from padconvert.report.html import page
 from padconvert.report.layers_table import layers_table
 from padconvert.report.progress import Bar, shown
-from padconvert.results import Check, Result, Verification
+from padconvert.report.routers import routers_table
+from padconvert.results import COLLAPSED, STARVED, Check, Comparison, LayerResult, Result, Verification
+from padconvert.words import Reason
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -28,7 +32,9 @@ CASES: dict[str, Result] = {
     "convert_trained": cases.TRAINED,
     "convert_data_free": cases.DATA_FREE,
     "convert_dry_run": cases.DRY_RUN,
+    "convert_mixture": cases.MIXTURE,
     "inspect_source": cases.INSPECTED_SOURCE,
+    "inspect_blocks": cases.INSPECTED_BLOCKS,
     "inspect_artefact": cases.INSPECTED_ARTEFACT,
     "verify": cases.VERIFIED,
     "doctor": cases.DIAGNOSED,
@@ -82,6 +88,116 @@ def test_a_long_table_keeps_the_converted_layers_and_counts_the_rest() -> None:
     assert sum(line.startswith("s") and "stem_static" in line for line in lines) == 9
     assert "… and 41 more layers" in text.getvalue()
     assert "51 layers: 1 convert · 50 static (stem_static 50)" in text.getvalue()
+
+
+def listed(layers: Sequence[LayerResult], **options: int) -> list[str]:
+    text = io.StringIO()
+    Console(file=text, width=200).print(layers_table(layers, **options))
+    return [re.sub(r" {2,}", "  ", line.rstrip()) for line in text.getvalue().splitlines()]
+
+
+def test_the_layers_of_a_block_stand_together_in_their_places() -> None:
+    lines = listed(cases.BLOCKS[:5])
+    assert [line.split("  ")[0] for line in lines[1:6]] == [
+        "layers.0.attn.q",
+        "layers.0.attn.v",
+        "layers.0.mlp.gate",
+        "├ up",
+        "└ down",
+    ]
+    assert lines[5] == "└ down  Linear 64×192  convert  neuron  0.5  2 of 8  6,144  6,144  ████░░░░"
+
+
+def test_equal_layers_of_a_large_network_are_one_row_and_counted_all() -> None:
+    lines = listed(cases.BLOCKS)
+    assert "layers.{0…5}.attn.q  Linear 64×64  attention_static ×6" in lines
+    assert sum("mlp.gate" in line for line in lines) == 6  # what differs in its counts is not equal
+    assert len(lines) == 1 + 2 + 18 + 1
+    assert lines[-1] == "30 layers: 18 convert · 12 static (attention_static 12)"
+    assert len(json.loads(json_document.text(cases.MIXTURE))["layers"]) == 30
+
+
+def test_equal_blocks_are_one_and_missing_numbers_are_seen() -> None:
+    lines = listed(cases.PLANNED_BLOCKS)
+    assert lines[3:6] == [
+        "layers.{0…2,4…5}.mlp.gate  Linear 192×64  convert ×5  neuron  0.5  2 of 8",
+        "├ up  Linear 192×64  convert ×5  neuron  0.5  2 of 8",
+        "└ down  Linear 64×192  convert ×5  neuron  0.5  2 of 8",
+    ]
+
+
+@pytest.mark.parametrize(
+    "other", [{"aliases": ("again",)}, {"weight_shape": (64, 32)}, {"reason": Reason.POLICY_RULE}, {"detail": "so"}]
+)
+def test_what_is_not_equal_keeps_a_row_of_its_own(other: dict[str, Any]) -> None:
+    first = cases.BLOCKS[0]
+    layers = [replace(first, name=f"layers.{i}.attn.q", **(other if i == 7 else {})) for i in range(30)]
+    lines = listed(layers)
+    assert lines[1].startswith("layers.{0…6,8…29}.attn.q  ")
+    assert lines[1].endswith(" ×29")
+    assert lines[2].startswith("layers.7.attn.q")
+
+
+def test_a_number_that_differs_later_in_the_name_is_found_and_small_networks_are_left_alone() -> None:
+    first = cases.BLOCKS[0]
+    layers = [replace(first, name=f"b.{i}.c.{j}.d", weight_shape=(i + 1, 9)) for i in range(3) for j in range(8)]
+    assert [line.split("  ")[0] for line in listed(layers)[1:-1]] == [f"b.{i}.c.{{0…7}}.d" for i in range(3)]
+    assert len(listed(layers[:23])) == 1 + 23 + 1
+
+
+def test_a_limit_counts_the_layers_behind_the_rows_that_it_hides() -> None:
+    assert "… and 18 more layers: --json and --plan-out list all of them" in listed(cases.BLOCKS, limit=12)
+    assert not any("more layers" in line for line in listed(cases.BLOCKS, limit=20))
+
+
+def test_parameters_that_compute_a_token_stand_under_those_that_are_stored() -> None:
+    lines = rendered(cases.MIXTURE).splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("active per token"))
+    assert lines[at - 2].startswith("parameters")
+    assert lines[at].split()[3:] == ["14,762", "14,762", "17,000", "20,300"]
+    assert lines[at + 1].split() == ["1.00×", "1.00×", "1.15×", "1.38×"]
+    assert "active per token" not in rendered(replace(cases.MIXTURE, layers=cases.LAYERS))
+    said = re.sub(r"</?td>", " ", page(cases.MIXTURE))
+    assert re.search(r"active per token +14,762 \(1.00×\) +14,762 \(1.00×\) +17,000 \(1.15×\)", said)
+
+
+def test_routers_are_shown_with_their_marks_and_the_thresholds() -> None:
+    text = rendered(cases.MIXTURE, 200)
+    assert re.search(r"layers.1.mlp.gate +█▆▆▃▃▃▁ +0.0 % +30.0 % +0.83 +0.20 +2 starved", text)
+    assert re.search(r"layers.2.mlp.gate +█▁ +0.0 % +97.0 % +0.06 +0.01 +collapsed", text)
+    assert f"less than {STARVED:.0%}".replace("%", " %") in text
+    assert f"below {COLLAPSED}" in text
+    assert "router of" not in rendered(cases.TRAINED)
+    html = page(cases.MIXTURE)
+    assert html.count('class="use"') == 3
+    assert 'title="expert 1: 97.0 %"' in html
+    assert '<span class="warning">collapsed</span>' in html
+
+
+def test_of_many_routers_those_with_a_mark_are_shown() -> None:
+    well, starved = cases.MIXTURE.routers[:2]
+    uses = [replace(well, layer=f"r{i}") for i in range(50)] + [replace(starved, layer="last")]
+    text = io.StringIO()
+    Console(file=text, width=200).print(routers_table(uses, limit=10))
+    assert "last " in text.getvalue()
+    assert "r8 " in text.getvalue()
+    assert "r9 " not in text.getvalue()
+    assert "and 41 more" in text.getvalue()
+
+
+def test_it_is_said_what_the_verdict_is_about() -> None:
+    metrics = cases.MIXTURE.metrics
+    assert metrics is not None
+    about = "the verdict is about accuracy; what is chance in matthews is not estimated"
+    assert about in rendered(cases.MIXTURE)
+    assert about in page(cases.MIXTURE)
+    one = {"loss": 0.1, "mse": 0.1, "pearson": -0.2}
+    numbers_only = Comparison(source=one, output=one, static=one)
+    text = rendered(replace(cases.MIXTURE, metrics=numbers_only), 200)
+    assert "no verdict: what is chance is estimated for accuracy only, not for mse, pearson" in text
+    assert "the verdict" not in rendered(cases.TRAINED)
+    assert "verdict:" not in rendered(replace(cases.MIXTURE, metrics=replace(numbers_only, static=None)))
+    assert page(replace(cases.MIXTURE, metrics=numbers_only)).count("<svg") == 3
 
 
 @pytest.mark.parametrize("name", CASES)

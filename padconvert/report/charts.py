@@ -56,8 +56,8 @@ def _metric(result: Conversion) -> str:
     labels, values, colours = zip(*known, strict=True)
     figure, axes = _figure(name)
     _bars(axes, labels, values, [numbers.metric(name, value) for value in values], colours)
-    # From zero: a cut axis makes small differences look large.
-    axes.set_xlim(0, max(max(values) * 1.2, 1e-12))
+    # From zero: a cut axis makes small differences look large. Correlations may lie below it.
+    axes.set_xlim(min(min(values) * 1.2, 0.0), max(max(values) * 1.2, 1e-12))
     return _svg(figure)
 
 

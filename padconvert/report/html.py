@@ -8,7 +8,10 @@ from html import escape
 from padconvert.gates import said as gate_said
 from padconvert.report import numbers, terminal
 from padconvert.report.charts import charts
-from padconvert.results import Conversion, LayerResult, Metrics
+from padconvert.report.layers_table import experts_said, has_units
+from padconvert.report.routers import legend, mark
+from padconvert.report.rows import Row, layer_rows
+from padconvert.results import Conversion, LayerResult, Metrics, RouterUse
 from padconvert.words import Verdict
 
 STYLE = """
@@ -18,6 +21,8 @@ table { border-collapse: collapse; } td, th { padding: .2rem .9rem .2rem 0; text
 td:first-child, th:first-child, td.text { text-align: left; } th { border-bottom: 1px solid #cbd2d9; }
 tr.convert td.text { color: #2e7d32; } tr.ineligible td.text { color: #b0682c; }
 .share { background: #e4e7eb; width: 8rem; height: .7rem; } .share div { background: #2e7d32; height: 100%; }
+.use { display: flex; align-items: flex-end; gap: 1px; height: 1.1rem; }
+.use i { background: #2e7d32; width: .5rem; min-height: 1px; }
 .warning { color: #b0682c; } .passed { color: #2e7d32; } .failed { color: #c62828; } .small { color: #7b8794; }
 svg { max-width: 100%; height: auto; display: block; }
 """
@@ -25,7 +30,9 @@ svg { max-width: 100%; height: auto; display: block; }
 
 def page(result: Conversion) -> str:
     """The report of a conversion as an HTML document. Without matplotlib it has no charts, and says so."""
-    body = [_head(result), _cost(result), _charts(result), _receipts(result), _layers(result.layers)]
+    body = [_head(result), _cost(result), _charts(result), _receipts(result)]
+    body += [_routers(result.routers)] if result.routers else []
+    body.append(_layers(result.layers))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>padconvert: {escape(result.source.path)}'
         f"</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
@@ -49,7 +56,8 @@ def _cost(result: Conversion) -> str:
         assert metrics is not None
         columns = (metrics.source, metrics.static, metrics.output, metrics.fully_dynamic)
         rows.append([escape(name), *[_cell(name, of) for of in columns]])
-    for label, (source, *others), said in terminal.cost_rows(result.totals, written=result.output is not None):
+    costs = terminal.cost_rows(result.totals, written=result.output is not None, routed=terminal.chooses(result.layers))
+    for label, (source, *others), said in costs:
         cells = [
             "–" if of is None else f"{said(of)} ({numbers.times(of, source or 0)})" for of in (source, source, *others)
         ]
@@ -83,6 +91,8 @@ def _receipts(result: Conversion) -> str:
         )
     if result.metrics is not None and result.metrics.verdict:
         lines.append(f"<p><strong>{escape(result.metrics.verdict)}</strong></p>")
+    if result.metrics is not None and (about := terminal.verdict_about(result.metrics)):
+        lines.append(f'<p class="small">{escape(about)}</p>')
     for gate in result.gates:
         word = "passed" if gate.passed else "failed"
         lines.append(f'<p class="{word}">Bound, {word}: {escape(gate_said(gate))}.</p>')
@@ -90,20 +100,41 @@ def _receipts(result: Conversion) -> str:
     return "\n".join(lines)
 
 
+def _routers(uses: Sequence[RouterUse]) -> str:
+    header = ["router of", "use of experts", "least", "most", "entropy of use", "of routing", ""]
+    return f'<h2>Routers</h2>\n<p class="small">{escape(legend())}.</p>\n' + _table(
+        header, (_router(use) for use in uses)
+    )
+
+
+def _router(use: RouterUse) -> str:
+    top = max(use.usage, default=0.0) or 1.0
+    bars = "".join(
+        f'<i style="height: {100 * share / top:.1f}%" title="expert {k}: {numbers.share(share)}"></i>'
+        for k, share in enumerate(use.usage, 1)
+    )
+    shares = [numbers.share(share) for share in (min(use.usage), max(use.usage))]
+    entropies = [f"{entropy:.2f}" for entropy in (use.usage_entropy, use.routing_entropy)]
+    marked = f'<span class="warning">{mark(use)}</span>'
+    return _row([escape(use.layer), f'<div class="use">{bars}</div>', *shares, *entropies, marked])
+
+
 def _layers(layers: Sequence[LayerResult]) -> str:
-    header = ["layer", "weight", "verdict", "reason", "κ", "K", "static", "dynamic", ""]
-    return "<h2>Layers</h2>\n" + _table(header, (_layer(layer) for layer in layers))
+    units = has_units(layers)
+    header = ["layer", "weight", "verdict", "reason", *(["unit"] if units else []), "κ", "K", "static", "dynamic", ""]
+    return "<h2>Layers</h2>\n" + _table(header, (_layer(row, units) for row in layer_rows(layers)))
 
 
-def _layer(layer: LayerResult) -> str:
-    names = " = ".join((layer.name, *layer.aliases))
+def _layer(row: Row, units: bool) -> str:
+    layer = row.layer
+    names = row.branch + " = ".join((row.name, *layer.aliases)) + (f" ×{row.count}" if row.count > 1 else "")
     weight = f"{layer.type or layer.kind} {numbers.shape(layer.weight_shape)}"
-    text = [names, weight, layer.verdict.value, layer.reason.value]
+    text = [names, weight, layer.verdict.value, layer.reason.value, *([layer.granularity or ""] if units else [])]
     cells = "".join(f'<td class="text">{escape(cell)}</td>' for cell in text)
     if layer.verdict is Verdict.CONVERT and layer.n_static is not None and layer.n_dynamic is not None:
         filled = 100 * layer.n_dynamic / max(layer.n_static + layer.n_dynamic, 1)
         ratio = "" if layer.dynamic_ratio is None else f"{layer.dynamic_ratio:.3g}"
-        counts = (ratio, str(layer.num_experts), f"{layer.n_static:,}", f"{layer.n_dynamic:,}")
+        counts = (ratio, experts_said(layer), f"{layer.n_static:,}", f"{layer.n_dynamic:,}")
         cells += "".join(f"<td>{cell}</td>" for cell in counts)
         cells += f'<td><div class="share"><div style="width: {filled:.1f}%"></div></div></td>'
     return f'<tr class="{layer.verdict.value}" title="{escape(layer.reason.explanation)}">{cells}</tr>'

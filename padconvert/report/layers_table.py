@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from padconvert.report import numbers
+from padconvert.report.rows import Row, layer_rows
 from padconvert.results import LayerResult
 from padconvert.words import Reason, Verdict
 
@@ -21,43 +22,60 @@ BAR_WIDTH = 8
 
 
 def layers_table(layers: Sequence[LayerResult], *, limit: int | None = None) -> RenderableType:
-    """One row a layer in module order, then a line that counts the verdicts.
+    """Rows in module order as `layer_rows` makes them, then a line that counts the verdicts.
 
-    With a `limit` and more layers than that, converted layers are shown first and the rest is counted.
+    With a `limit` and more rows than that, converted layers are shown first and the rest is counted.
     """
-    shown = _most_telling(layers, limit)
+    rows = layer_rows(layers)
+    shown = _most_telling(rows, limit)
+    units = has_units(layers)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("layer")
     for name in ("weight", "verdict"):
         table.add_column(name, no_wrap=True)
+    if units:
+        table.add_column("unit", no_wrap=True)
     for name in ("κ", "K", "static", "dynamic"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("share", no_wrap=True)
-    for layer in shown:
-        table.add_row(*_row(layer))
-    hidden = len(layers) - len(shown)
+    for row in shown:
+        table.add_row(*_row(row, units))
+    hidden = len(layers) - sum(row.count for row in shown)
     more = Text(f"… and {hidden} more layers: --json and --plan-out list all of them", style="dim") if hidden else None
     parts: list[RenderableType] = [table, *([more] if more else []), Text(_counts(layers), style="dim")]
     return Group(*parts)
 
 
-def _most_telling(layers: Sequence[LayerResult], limit: int | None) -> list[LayerResult]:
-    if limit is None or len(layers) <= limit:
-        return list(layers)
-    first = sorted(range(len(layers)), key=lambda i: (layers[i].verdict is not Verdict.CONVERT, i))[:limit]
-    return [layers[i] for i in sorted(first)]
+def has_units(layers: Sequence[LayerResult]) -> bool:
+    """Whether there are blocks, of which it has to be said what the unit of their partition is."""
+    return any(layer.group for layer in layers)
 
 
-def _row(layer: LayerResult) -> list[RenderableType]:
-    name = Names(layer.name or "(the model itself)", layer.aliases)
-    verdict = Text(_verdict(layer), style=STYLES[layer.verdict])
+def experts_said(layer: LayerResult) -> str:
+    """K, or `2 of 8` where only some experts are computed."""
+    return f"{layer.top_k} of {layer.num_experts}" if layer.top_k else str(layer.num_experts or "")
+
+
+def _most_telling(rows: Sequence[Row], limit: int | None) -> list[Row]:
+    if limit is None or len(rows) <= limit:
+        return list(rows)
+    first = sorted(range(len(rows)), key=lambda i: (rows[i].layer.verdict is not Verdict.CONVERT, i))[:limit]
+    return [rows[i] for i in sorted(first)]
+
+
+def _row(row: Row, units: bool) -> list[RenderableType]:
+    layer = row.layer
+    name = Names(row.branch + (row.name or "(the model itself)"), layer.aliases)
+    times = f" ×{row.count}" if row.count > 1 else ""
+    verdict = Text(_verdict(layer) + times, style=STYLES[layer.verdict])
     weight = f"{layer.type or layer.kind} {numbers.shape(layer.weight_shape)}"
     ratio = "" if layer.dynamic_ratio is None else f"{layer.dynamic_ratio:.3g}"
-    experts = str(layer.num_experts or "")
+    cells: list[RenderableType] = [name, weight, verdict]
+    cells += [*([layer.granularity or ""] if units else []), ratio, experts_said(layer)]
     if layer.n_dynamic is None or layer.n_static is None:  # a plan whose layers are still to be ranked together
-        return [name, weight, verdict, ratio, experts, "", "", ""]
+        return [*cells, "", "", ""]
     filled = Text(numbers.bar(layer.n_dynamic / (layer.n_static + layer.n_dynamic), BAR_WIDTH), style="cyan")
-    return [name, weight, verdict, ratio, experts, f"{layer.n_static:,}", f"{layer.n_dynamic:,}", filled]
+    return [*cells, f"{layer.n_static:,}", f"{layer.n_dynamic:,}", filled]
 
 
 @dataclass(frozen=True, slots=True)

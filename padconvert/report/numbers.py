@@ -45,6 +45,12 @@ def bar(value: float, width: int) -> str:
     return "█" * inside + "░" * (width - inside)
 
 
+def columns(values: Sequence[float]) -> str:
+    """One character a value, as high as its share of the largest; only what is nothing is blank."""
+    top = max(values, default=0.0) or 1.0
+    return "".join(LEVELS[min(int(value / top * 8), 7)] if value else " " for value in values)
+
+
 def sparkline(values: Sequence[float], width: int) -> str:
     """The course of `values` in at most `width` characters; each character is the mean of its stretch."""
     cells = min(width, len(values))

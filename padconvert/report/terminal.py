@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from padconvert.gates import said as gate_said
 from padconvert.report import numbers
 from padconvert.report.layers_table import layers_table
+from padconvert.report.routers import legend, routers_table
 from padconvert.results import (
     Audited,
     Check,
@@ -21,6 +22,7 @@ from padconvert.results import (
     Extra,
     Holdings,
     Inspection,
+    LayerResult,
     Metrics,
     Result,
     Totals,
@@ -70,6 +72,8 @@ def _conversion(result: Conversion) -> Iterator[RenderableType]:
     yield _parts(result.totals)
     if result.history:
         yield _lines(list(_course(result.history)))
+    if result.routers:
+        yield Group(routers_table(result.routers, limit=ROWS), Text(legend(), style="dim"))
     receipts = list(_receipts(result))
     if receipts:
         yield _lines(receipts)
@@ -108,19 +112,29 @@ def cost_table(result: Conversion) -> Table:
         table.add_column(name, justify="right", style="bold green" if name == "padconvert" else "", no_wrap=True)
     if metrics is not None:
         _metric_rows(table, metrics, control)
-    for label, (source, *rest), said in cost_rows(result.totals, written=result.output is not None):
+    rows = cost_rows(result.totals, written=result.output is not None, routed=chooses(result.layers))
+    for label, (source, *rest), said in rows:
         _add_cost(table, label, [source, *([source] if control else []), *rest], said)
     return table
 
 
-def cost_rows(totals: Totals | Holdings, *, written: bool = True) -> list[CostRow]:
-    """Parameters, bytes of tensors and of whole files, of which a file that was not `written` has none."""
+def chooses(layers: Sequence[LayerResult]) -> bool:
+    """Whether a token is computed with fewer parameters than are stored: by some of the experts, or all in one."""
+    return any(layer.top_k or layer.group for layer in layers)
+
+
+def cost_rows(totals: Totals | Holdings, *, written: bool = True, routed: bool = False) -> list[CostRow]:
+    """Parameters, those of them that compute a token where layers are `routed` to experts, bytes of tensors and of
+    whole files, of which a file that was not `written` has none."""
     full = totals.bytes_fully_dynamic
     files = (totals.bytes_source, *((totals.bytes_output, full) if written else (None, None)))
     tensors = (totals.tensor_bytes_source, totals.tensor_bytes_output, totals.tensor_bytes_fully_dynamic)
     params = (totals.params_source, totals.params_output, totals.params_fully_dynamic)
-    rows: list[CostRow] = [("parameters", params, "{:,}".format), ("tensor bytes", tensors, numbers.size)]
-    return [*rows, ("file", files, numbers.size)]
+    active = (totals.params_active_source, totals.params_active_output, totals.params_active_fully_dynamic)
+    rows: list[CostRow] = [("parameters", params, "{:,}".format)]
+    if routed and active[0] is not None:
+        rows.append(("active per token", active, "{:,}".format))
+    return [*rows, ("tensor bytes", tensors, numbers.size), ("file", files, numbers.size)]
 
 
 def _add_cost(table: Table, label: str, values: Sequence[int | None], said: Callable[[int], str]) -> None:
@@ -173,8 +187,20 @@ def _receipts(result: Conversion) -> Iterator[Text]:
         yield equality_line(result.equality)
     if result.metrics is not None and result.metrics.verdict:
         yield Text(result.metrics.verdict, style="bold")
+    if result.metrics is not None and (about := verdict_about(result.metrics)):
+        yield _note(about)
     for gate in result.gates:
         yield _check(gate.passed, f"bound {gate_said(gate)}")
+
+
+def verdict_about(metrics: Comparison) -> str:
+    """What the verdict does not say, where there are metrics that it is not about; "" where nothing was compared."""
+    others = ", ".join(name for name in metrics.output if name not in ("loss", "accuracy"))
+    if metrics.static is None or not others:
+        return ""
+    if not metrics.verdict:
+        return f"no verdict: what is chance is estimated for accuracy only, not for {others}"
+    return f"the verdict is about accuracy; what is chance in {others} is not estimated"
 
 
 def equality_line(equality: Equality) -> Text:
@@ -210,7 +236,8 @@ def _holdings(result: Inspection) -> Table:
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    for label, values, said in cost_rows(totals, written=result.trained is not None):
+    rows = cost_rows(totals, written=result.trained is not None, routed=chooses(result.layers))
+    for label, values, said in rows:
         _add_cost(table, label, values[: len(names)], said)
     return table
 
