@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -16,7 +17,7 @@ from padconvert.layers.pad import PadLayer
 from padconvert.plan import LayerPlan, Plan, TensorSizes
 from padconvert.plan.cost import active_copies, cost_of
 from padconvert.plan.count import item_sizes
-from padconvert.results import LayerResult, Metrics, Totals
+from padconvert.results import STARVED, Comparison, LayerResult, Metrics, RouterUse, Totals
 from padconvert.words import Verdict
 
 _BUG = "This is an error of padconvert; please report it with the plan (--plan-out)."
@@ -214,3 +215,31 @@ def verdict(output: Metrics, static: Metrics | None, samples: int) -> str:
     if gain < -noise:
         return f"A loss against {against}: −{what}."
     return f"No gain over {against} that this evaluation could show: {'+' if gain >= 0 else '−'}{what}."
+
+
+def card_lines(measured: Comparison | None, routers: Sequence[RouterUse], task: str | None) -> tuple[str, ...]:
+    """What was measured, as lines for the card of a directory: metrics beside both neighbours, and the routers' use."""
+    lines = []
+    if measured is not None:
+        lines += [f"{name} on the run's evaluation data: {_compared(name, measured)}." for name in measured.output]
+        lines += [measured.verdict] if measured.verdict else []
+        if task is not None and task.startswith("glue/"):
+            lines.append(f"The data was read as `{task}` is, which does not make it GLUE's own set.")
+    if routers:
+        entropies = [use.usage_entropy for use in routers]
+        starved, collapsed = sum(use.starved for use in routers), sum(use.collapsed for use in routers)
+        lines.append(
+            f"Routers: {len(routers)}, of which {collapsed} collapsed; entropy of the experts' use {min(entropies):.2f} to "
+            f"{max(entropies):.2f} of the highest; {starved} experts with less than {STARVED:.0%} of an even share."
+        )
+    return tuple(lines)
+
+
+def _compared(name: str, measured: Comparison) -> str:
+    every = {
+        "before the conversion": measured.source,
+        "static with the same training": measured.static,
+        "this model": measured.output,
+        "fully dynamic": measured.fully_dynamic,
+    }
+    return ", ".join(f"{who} {of[name]:.4f}" for who, of in every.items() if of is not None and name in of)

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from padconvert.account import file_totals, layer_results, planned_totals
+from padconvert.account import card_lines, file_totals, layer_results, planned_totals
 from padconvert.checkpoint.read import read_checkpoint
 from padconvert.checkpoint.whole_file import write_text
+from padconvert.checkpoint.whole_folder import check_folder_target
 from padconvert.checkpoint.write import check_target
 from padconvert.errors import UsageError, VerificationError
 from padconvert.finetune.data.sources import Data
@@ -29,7 +30,7 @@ from padconvert.policy import Policy, Resolved
 from padconvert.precision import restore_dtypes_
 from padconvert.progress import Progress, Silent
 from padconvert.results import Comparison, Conversion, Equality, Gate, OutputFile, SourceFile
-from padconvert.seal import Seal
+from padconvert.seal import Seal, becomes_folder
 from padconvert.surroundings import Clock, resumable, settled
 from padconvert.task import open_task
 from padconvert.verify import calls_on, equality, runs
@@ -81,7 +82,8 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
         progress.stage("write")
         fold_(model)
         restore_dtypes_(model, opened.module)
-        written = Seal(opened, plan, probe, options, gates).write(model, output)
+        said = card_lines(trained.comparison, trained.routers, plan.policy.data.task)
+        written = Seal(opened, plan, probe, options, gates, said).write(model, output)
         clock.lap("write")
     return Conversion(
         source=SourceFile(str(source), opened.kind, opened.bytes, opened.sha256),
@@ -103,8 +105,7 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
 
 
 def default_output(source: Path) -> Path:
-    """`model.pt` → `model.pad.safetensors`, beside it, and a folder `d` → `d.pad`; an artefact's own name gains a number
-    by the user's `-o`."""
+    """`model.pt` → `model.pad.safetensors`, beside it; a folder `d` → `d.pad`. An artefact's own output needs `-o`."""
     if source.is_dir():
         folder = source.resolve()
         return folder.with_name(folder.name.removesuffix(".pad") + ".pad")
@@ -121,7 +122,8 @@ def _measured_gates(measured: Comparison | None, options: ConvertOptions) -> tup
 def _check_files(source: Path, output: Path, options: ConvertOptions) -> None:
     """Nothing that is there is replaced unasked, and no file is asked to be two things."""
     if not options.dry_run:
-        check_target(output, force=options.force, source=source)
+        check = check_folder_target if becomes_folder(source, output, options) else check_target
+        check(output, force=options.force, source=source)
         _check_not_read(output, options)
     if options.plan_out is not None:
         check_target(options.plan_out, force=options.force, source=source, option="--plan-out")
@@ -141,7 +143,7 @@ def _check_not_read(target: Path, options: ConvertOptions) -> None:
 
 def _check_fits(source: Path, options: ConvertOptions) -> None:
     """Raises GateError for a source whose tensors alone take more memory than the run may."""
-    if options.max_memory is not None and source.is_file():
+    if options.max_memory is not None:
         least = least_memory(source, options.state_key)
         hold(missed(memory_gate(least, options.max_memory, "source_bytes")))
 

@@ -30,6 +30,16 @@ from padconvert.walk.probe import ProbeSpec
 SINGLE_FILE = ".safetensors"
 
 
+def becomes_directory(source: Path, output: Path) -> bool:
+    """A transformers directory becomes one again, unless the output is named as a single file."""
+    return (source / CONFIG).is_file() and output.suffix != SINGLE_FILE
+
+
+def becomes_folder(source: Path, output: Path, options: ConvertOptions) -> bool:
+    """Whether the output is a folder: a transformers directory, or a checkpoint in shards."""
+    return becomes_directory(source, output) or options.max_shard_size is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Seal:
     """What goes into the file beside the model."""
@@ -61,14 +71,10 @@ class Seal:
             "force": self.options.force,
             "check": lambda path: self._check_back(path, model),
         }
-        if self.is_directory(output):
+        if becomes_directory(self.opened.path, output):
             return save_directory(model.eval(), output, source_dir=self.opened.path, notes=self.said, **common)
         extra = self.opened.extra_tensors
         return save_model(model.eval(), output, extra_tensors=extra, source=self.opened.path, **common)
-
-    def is_directory(self, output: Path) -> bool:
-        """A transformers directory becomes one again, unless the output is named as a single file."""
-        return self.opened.path.is_dir() and output.suffix != SINGLE_FILE and (self.opened.path / CONFIG).is_file()
 
     def _check_back(self, path: Path, model: nn.Module) -> None:
         """Hold the bytes against the plan, load them as a user would and hold the outputs against the record."""

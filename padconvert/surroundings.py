@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -47,12 +48,17 @@ def settled(device: str) -> Iterator[torch.device]:
     # TF32 keeps 10 bits of a factor: two ways to compute one function would differ by more than any receipt allows
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.set_deterministic_debug_mode("warn")
+    # it would also fill every new tensor with NaN before it is written to: a good part of a step
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    memory.fill_uninitialized_memory = False
     if found.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
         yield found
     finally:
         torch.set_deterministic_debug_mode(before)
+        memory.fill_uninitialized_memory = filled
         if found.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         torch.random.set_rng_state(state)

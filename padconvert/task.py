@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,16 +33,16 @@ def open_task(
         if policy.data.task is not None:
             raise UsageError(f"--task {policy.data.task}: there is nothing to train on. Name data with --data.")
         return opened, None
-    tokenizer = tokenizer_for(opened.path, policy)
+    tokenizer = tokenizer_for(opened.path, policy, (*policy.data.train, *policy.data.eval))
     headless = _is_headless(opened, policy)
-    words = None if headless else label_numbers(opened)
+    words = None if headless else label_numbers(opened.architecture)
     data = open_data(policy.data, seed=options.seed, tokenizer=tokenizer, label2id=words)
     return (_with_trained_head(opened, data, policy, options, tokenizer, progress) if headless else opened), data
 
 
-def tokenizer_for(path: Path, policy: Policy) -> Tokenizer | None:
-    """The tokenizer of a transformers directory where the data may be text, else None."""
-    wanted = policy.data.text_columns or policy.data.task or any(map(table.matches, policy.data.train))
+def tokenizer_for(path: Path, policy: Policy, data: Sequence[str]) -> Tokenizer | None:
+    """The tokenizer of a transformers directory where `data` may be text, else None."""
+    wanted = policy.data.text_columns or any(map(table.matches, data))
     return tokenizer_of(path) if wanted and (path / "config.json").is_file() and _reads_text(path) else None
 
 
@@ -49,12 +51,13 @@ def _reads_text(path: Path) -> bool:
     return not ((path / "preprocessor_config.json").is_file() and not (path / "tokenizer_config.json").is_file())
 
 
-def label_numbers(opened: Opened) -> dict[str, int] | None:
-    """How the source's own head numbers its classes, where it has one."""
-    if not has_head(opened.architecture):
+def label_numbers(architecture: Mapping[str, Any]) -> dict[str, int] | None:
+    """How a transformers network's own head numbers its classes, where it has one."""
+    config = architecture.get("config")
+    if not has_head(architecture) or not isinstance(config, dict):
         return None
-    found = opened.architecture["config"].get("label2id")
-    return dict(found) if found else None
+    found = config.get("label2id")
+    return dict(found) if isinstance(found, dict) and found else None
 
 
 def _is_headless(opened: Opened, policy: Policy) -> bool:

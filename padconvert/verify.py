@@ -34,6 +34,7 @@ from padconvert.precision import HALF, upcast_
 from padconvert.results import Check, Equality, Verification
 from padconvert.rewrite import pad_layers
 from padconvert.surroundings import settled
+from padconvert.task import label_numbers, tokenizer_for
 from padconvert.verify_hf import check_loader, transformers_checks
 from padconvert.walk.probe import InputSpec, ProbeSpec, call, flat_outputs
 from padconvert.walk.quiet import device_of, evaluating, untouched
@@ -307,8 +308,12 @@ def _metrics_check(
     checkpoint: Checkpoint, model: nn.Module, source: Source | None, data: Sequence[str], device: torch.device
 ) -> Check:
     """Accuracy (or the first other metric) on `data`, read as the artefact's policy says."""
-    spec = Policy.model_validate_json(json.dumps(checkpoint.manifest.policy)).data
-    examples = open_eval(spec, data)
+    policy = Policy.model_validate_json(json.dumps(checkpoint.manifest.policy))
+    spec = policy.data
+    places = [checkpoint.path, *([source.path] if source is not None else [])]
+    tokenizer = next((each for place in places if (each := tokenizer_for(place, policy, data))), None)
+    words = label_numbers(checkpoint.manifest.architecture)
+    examples = open_eval(spec, data, tokenizer=tokenizer, label2id=words)
     check_examples(model, examples, ", ".join(data), device)
     found = evaluate(upcast_(copy.deepcopy(model)), examples, EVALUATION_BATCH, device=device)
     if not found:

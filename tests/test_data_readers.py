@@ -250,7 +250,7 @@ def test_a_real_tsv_is_split_at_tabs_only(data_dir: Path) -> None:
     path = data_dir / "text" / "sst2" / "dev.tsv"
     if not path.is_file():
         pytest.skip(f"no {path}")
-    with pytest.raises(FileError, match="column 'sentence' holds text.*no tokenizer"):
+    with pytest.raises(FileError, match=r"column 'sentence' holds text.*no tokenizer"):
         everything([path])
 
 

@@ -259,7 +259,8 @@ def test_balancing_losses_have_their_values() -> None:
     p = float(torch.tensor([4.0, 0.0]).softmax(0)[0])
     first = (3 * p + (1 - p)) / 4
     assert float(load_balance(notes[0]).detach()) == pytest.approx(2 * (0.75 * first + 0.25 * (1 - first)), rel=1e-5)
-    assert float(z_loss(notes[0]).detach()) == pytest.approx(float(torch.tensor([4.0, 0.0]).logsumexp(0)) ** 2, rel=1e-5)
+    log_sum = float(torch.tensor([4.0, 0.0]).logsumexp(0))
+    assert float(z_loss(notes[0]).detach()) == pytest.approx(log_sum**2, rel=1e-5)
 
     class Weights:
         balance_weight, z_weight = 0.5, 0.25
@@ -327,8 +328,10 @@ def test_the_hooks_come_once_and_go() -> None:
     watch_padding_(model)
     assert (len(model._forward_pre_hooks), len(model._forward_hooks)) == (1, 1)
     ignore_padding_(model)
-    assert not model._forward_pre_hooks and not model._forward_hooks
-    assert not model._forward_pre_hooks_with_kwargs and not model._forward_hooks_always_called
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks_with_kwargs
+    assert not model._forward_hooks_always_called
 
 
 def test_padding_is_no_evidence() -> None:
@@ -364,8 +367,7 @@ def test_threads_do_not_mix_their_routings() -> None:
 
     def work(i: int) -> None:
         for _ in range(50):
-            if not torch.equal(model(xs[i]), expected[i]):
-                wrong.append(i)
+            wrong.extend([i] * (not torch.equal(model(xs[i]), expected[i])))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:

@@ -50,7 +50,7 @@ def test_presets_say_what_the_design_says() -> None:
     assert (paper.defaults.dynamic_ratio, paper.defaults.num_experts) == (Decimal("0.3"), 4)
     assert (paper.defaults.granularity, paper.partition.scope, paper.partition.score) == ("element", "global", "taylor")
     assert (paper.partition.rounds, paper.train.steps, paper.train.batch_size) == (5, 500, 64)
-    assert (paper.train.warmup, paper.train.partitioning, paper.train.lr) == (0.2, 0.5, 0.01)
+    assert (paper.train.warmup, paper.train.partitioning, paper.train.lr) == (0.2, 0.5, None)
     assert (paper.ffn.dynamic_ratio, paper.ffn.num_experts, paper.ffn.top_k) == (Decimal("0.5"), 8, 2)
     assert (paper.ffn.granularity, paper.ffn.level, paper.ffn.routing) == ("element", "ffn", "token")
     assert (paper.defaults.top_k, paper.train.balance_weight, paper.train.z_weight) == (0, 0.01, 0.001)
@@ -321,7 +321,6 @@ dynamic_ratio: 0.2
         ("data: {mean: 3}", "data.mean: must be a list, such as [3]"),
         ("data: {mean: [1, 2], std: [1]}", "data: 'mean' has 2 values and 'std' 1"),
         ("train: {warmup: 0.7, partitioning: 0.4}", "add up to 1.1, more than 1"),
-        ("train: {optimizer: adamw}", "adamw needs its own train.lr: the one from preset paper is for sgd"),
         ("rules: [{convert: true}]", "rules[0]: a rule needs 'name', 'type' or 'role'"),
         (f"rules: [{{name: {'a' * 201}, convert: true}}]", "the pattern has 201 characters; 200 are allowed"),
         ("extends: fats", "extends: 'fats' is neither a preset (fast, paper, small)"),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from padconvert.checkpoint.manifest import LayerEntry, Manifest
-from padconvert.words import Granularity
+from padconvert.layers.packed import UnitView
+from padconvert.plan.cost import active_copies
 
 _MIB = 2**20
 
@@ -81,18 +82,46 @@ def _costs(manifest: Manifest, numbers: CardNumbers) -> list[str]:
     ratio = numbers.bytes_output / max(numbers.bytes_source, 1)
     size = f"{numbers.bytes_output / _MIB:.1f} MiB of tensors, {ratio:.2f} times the source's"
     lines = [f"- Stored: {numbers.params_output:,} parameters, {size} ({numbers.bytes_source / _MIB:.1f} MiB)."]
-    kinds = Counter(_describe(entry) for entry in manifest.layers)
-    lines += [f"- {count} layer{'s' * (count > 1)}: {what}." for what, count in sorted(kinds.items())]
+    if any(entry.facts.top_k or entry.facts.group for entry in manifest.layers):
+        lines.append(f"- Computed with for one token: {numbers.params_output - _idle(manifest):,} parameters.")
+    kinds: dict[str, list[LayerEntry]] = {}
+    for entry in manifest.layers:
+        kinds.setdefault(_describe(entry), []).append(entry)
+    lines += [
+        f"- {len(entries)} layer{'s' * (len(entries) > 1)}: {what.format(dynamic=_shares(entries))}."
+        for what, entries in sorted(kinds.items())
+    ]
     return lines
+
+
+def _idle(manifest: Manifest) -> int:
+    """Stored numbers of the experts that one token is not computed with."""
+    idle = 0
+    for entry in manifest.layers:
+        facts = entry.facts
+        size = UnitView(facts.weight_shape, facts.granularity, facts.unit_dim).size
+        copies = entry.stored_experts - active_copies(entry.stored_experts, facts.top_k)
+        idle += copies * (facts.n_dynamic * size + facts.n_bias_dynamic)
+    return idle
 
 
 def _describe(entry: LayerEntry) -> str:
     facts = entry.facts
-    entries = facts.weight_shape[0] * facts.weight_shape[1] if len(facts.weight_shape) == 2 else 0
-    units = entries if facts.granularity is Granularity.ELEMENT and entries else facts.weight_shape[facts.unit_dim]
     chosen = f"{facts.top_k} of {facts.num_experts} experts computed" if facts.top_k else f"{facts.num_experts} experts"
     level = "in feed-forward blocks, " if facts.group else ""
-    return f"{level}{facts.dtype}, {facts.granularity}, {facts.n_dynamic / units:.0%} dynamic, {chosen}"
+    return f"{level}{facts.dtype}, {facts.granularity}, {{dynamic}} dynamic, {chosen}"
+
+
+def _shares(entries: Sequence[LayerEntry]) -> str:
+    """How much of these layers is dynamic, and of each where they differ: `50% (26% to 77% of a layer)`."""
+    counts = [
+        (entry.facts.n_dynamic, UnitView(entry.facts.weight_shape, entry.facts.granularity, entry.facts.unit_dim))
+        for entry in entries
+    ]
+    each = [n / view.units for n, view in counts]
+    whole = sum(n * view.size for n, view in counts) / sum(math.prod(view.shape) for _, view in counts)
+    low, high = f"{min(each):.0%}", f"{max(each):.0%}"
+    return f"{whole:.0%}" if low == high else f"{whole:.0%} ({low} to {high} of a layer)"
 
 
 def _state(manifest: Manifest, notes: Sequence[str]) -> list[str]:

@@ -106,6 +106,7 @@ def _keep(run: Run, keeper: Keeper, interrupt: Deferred) -> None:
 def _step_(run: Run, setting: Setting) -> float:
     """One optimizer step; returns its loss."""
     train = setting.policy.train
+    assert train.lr is not None, "a plan's policy says it"
     torch.manual_seed(setting.seed * SEED_STRIDE + run.step)
     for layer in pad_layers(run.model).values():
         if layer.router is not None:

@@ -18,7 +18,7 @@ class OptimizerPolicy(Protocol):
     @property
     def optimizer(self) -> str: ...
     @property
-    def lr(self) -> float: ...
+    def lr(self) -> float | None: ...  # said once the policy is in force
     @property
     def momentum(self) -> float: ...
     @property
@@ -45,6 +45,7 @@ def make_optimizer(model: nn.Module, train: OptimizerPolicy) -> torch.optim.Opti
         {"params": routers, "factor": train.router_lr_scale, "weight_decay": 0.0},
         {"params": scales, "factor": 1.0, "weight_decay": 0.0},
     ]
+    assert train.lr is not None, "a plan's policy says it"
     if train.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=train.lr, foreach=False)
     return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, foreach=False)

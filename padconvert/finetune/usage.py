@@ -73,9 +73,9 @@ def collapse_warnings(uses: tuple[RouterUse, ...]) -> list[str]:
     collapsed = [use for use in uses if use.collapsed]
     if collapsed:
         lines.append(
-            f"{len(collapsed)} of {len(uses)} routers have collapsed (entropy of the experts' usage below {COLLAPSED} of "
-            f"the highest), first {collapsed[0].layer}: most experts are hardly used. Raise train.balance_weight, or "
-            "lower train.router_lr_scale"
+            f"{len(collapsed)} of {len(uses)} routers have collapsed (the entropy of their experts' usage is below "
+            f"{COLLAPSED} of the highest), first {collapsed[0].layer}: most experts are hardly used. "
+            "Raise train.balance_weight, or lower train.router_lr_scale"
         )
     starved = [use for use in uses if use.starved and not use.collapsed]
     if starved:

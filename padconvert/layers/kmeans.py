@@ -37,6 +37,28 @@ def _spread_start(points_NC: Tensor, clusters: int, generator: Generator) -> Ten
     return points_NC[chosen]
 
 
+def balancing_bias(logits_NK: Tensor, top_k: int, rounds: int = 200) -> Tensor:
+    """What to add to the logits [K] so that each of K experts is among the `top_k` highest for about as many points.
+
+    Clusters differ in size, and an expert that few points choose learns from few. Each round lowers the bias of the
+    experts with more than their share and raises the others' (Wang et al., 2024, "auxiliary-loss-free"), by less and
+    less; the best of all rounds is taken.
+    """
+    count, experts = logits_NK.shape
+    spread = logits_NK.std(unbiased=False)
+    bias_K = torch.zeros(experts, dtype=logits_NK.dtype)
+    best, least = bias_K, float("inf")
+    for step in range(rounds):
+        chosen = (logits_NK + bias_K).topk(top_k, dim=-1).indices
+        share_K = torch.bincount(chosen.flatten(), minlength=experts).to(bias_K) / (count * top_k)
+        uneven = float((share_K * experts - 1).abs().max())
+        if uneven < least:
+            best, least = bias_K, uneven
+        rate = 0.5 * spread * (1 - step / rounds)
+        bias_K = bias_K - rate * (share_K * experts - 1).clamp(-1, 1)
+    return best
+
+
 def sharpness(logit_NK: Tensor, top_probability: float, highest: float = 1e4) -> float:
     """The factor s for which softmax(s · logits) has a mean top probability of `top_probability`.
 

@@ -40,15 +40,15 @@ def make_plan(
     NothingEligibleError where no layer can or may be converted.
     """
     resolved = policy if isinstance(policy, Resolved) else Resolved(policy, {}, ())
-    policy, notes = in_force(resolved.policy, route)
-    first = first_matches(policy.rules, walk.layers, resolved.origins)
     has_blocks = any(info.group for info in walk.layers)
+    policy, notes = in_force(resolved.policy, route, has_blocks=has_blocks)
+    first = first_matches(policy.rules, walk.layers, resolved.origins)
     single = [_decide(info, resolved, rule, has_blocks) for info, rule in zip(walk.layers, first, strict=True)]
     decided, broken = decided_as_blocks(single, resolved)
     notes += broken
     asked = [layer for layer in decided if layer.choice is not None]
     if not asked:
-        raise NothingEligibleError(_nothing(decided))
+        raise NothingEligibleError(_nothing(decided, walk.mixtures))
     layers, pools = with_counts(decided, pooled=policy.partition.scope == "global")
     notes += never_first(policy.rules, walk.layers, first)
     if all(layer.choice is None for layer in layers):
@@ -66,8 +66,21 @@ def make_plan(
     )
 
 
-def in_force(policy: Policy, route: Route) -> tuple[Policy, list[str]]:
-    """Without data nothing but the weights can be scored, layer by layer."""
+#: learning rates where the policy leaves them open
+RATES = {"sgd": 0.01, "adamw": 2e-5}
+
+
+def in_force(policy: Policy, route: Route, *, has_blocks: bool) -> tuple[Policy, list[str]]:
+    """The policy with what it leaves to the network (`has_blocks`: with feed-forward blocks) and to the route said.
+
+    Transformers are trained by AdamW. Without data nothing but the weights can be scored, layer by layer.
+    """
+    optimizer = policy.train.optimizer
+    if optimizer == "auto":
+        optimizer = "adamw" if has_blocks else "sgd"
+    rate = RATES[optimizer] if policy.train.lr is None else policy.train.lr
+    train = policy.train.model_copy(update={"optimizer": optimizer, "lr": rate})
+    policy = policy.model_copy(update={"train": train})
     wanted = policy.partition
     if route == "trained" or (wanted.score, wanted.scope) == ("magnitude", "layer"):
         return policy, []
@@ -133,13 +146,17 @@ def choice_fault(info: LayerInfo, choice: LayerChoice) -> tuple[str, str] | None
     if choice.routing is Routing.SEQUENCE and info.causal:
         why = "the layer is causal, and the mean over a sequence would tell each token of later ones"
         return "routing", f"'sequence' cannot be: {why}; use 'token'"
+    flat = info.input_shape is not None and len(info.input_shape) < 2
+    if choice.group and choice.routing is Routing.SEQUENCE and flat:
+        why = "the network hands the layer the tokens of all sequences in one row, and none knows its own"
+        return "routing", f"'sequence' cannot be: {why}; use 'token'"
     if choice.group and choice.routing is Routing.TOKEN and choice.top_k == 0:
         why = "at level 'ffn' all experts can be mixed for a whole sequence only"
         return "top_k", f"0 cannot be with routing 'token': {why}; choose top_k ≥ 1, or routing: sequence"
     return None
 
 
-def _nothing(layers: Sequence[LayerPlan]) -> str:
+def _nothing(layers: Sequence[LayerPlan], mixtures: Sequence[str]) -> str:
     if not layers:
         return (
             "the source has no convolution or linear layer, so there is nothing to convert. What can be converted are "
@@ -147,6 +164,8 @@ def _nothing(layers: Sequence[LayerPlan]) -> str:
         )
     counts: Mapping[Reason, int] = Counter(layer.reason for layer in layers)
     listed = ", ".join(f"{count} × {reason.value} ({reason.explanation})" for reason, count in counts.items())
+    if mixtures:
+        listed += f", {len(mixtures)} × {Reason.ALREADY_EXPERTS.value} ({mixtures[0]})"
     return f"no layer is left to convert: {listed}. {_way_out(layers)}"
 
 

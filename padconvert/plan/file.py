@@ -98,7 +98,9 @@ def check_plan_terms(
         raise UsageError(f"{where}: made for the {plan.route} route, this run takes the {route} one.")
     if plan.seed != seed:
         raise UsageError(f"{where}: made with seed {plan.seed}, this run has {seed}. Give --seed {plan.seed}.")
-    planned, wanted = settings_of(plan.policy), settings_of(in_force(resolved.policy, route)[0])
+    has_blocks = any(layer.info.group for layer in plan.layers)
+    wanted = settings_of(in_force(resolved.policy, route, has_blocks=has_blocks)[0])
+    planned = settings_of(plan.policy)
     changed = sorted(key for key in wanted if planned[key] != wanted[key] and not key.startswith("data."))
     for key in changed:
         said = said_at(resolved.origins, key)

@@ -194,8 +194,8 @@ class Partition(Section):
 class Train(Section):
     steps: Count
     batch_size: Count
-    optimizer: Literal["sgd", "adamw"]
-    lr: Positive
+    optimizer: Literal["auto", "sgd", "adamw"]
+    lr: Positive | None
     momentum: BelowOne
     weight_decay: NonNegative
     router_lr_scale: NonNegative

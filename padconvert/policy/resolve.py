@@ -336,6 +336,8 @@ class _Stack:
         """A learning rate meant for one optimizer is wrong for another by orders of magnitude."""
         optimizer, rate = origin_of(("train", "optimizer"), self.origins), origin_of(("train", "lr"), self.origins)
         name = self.optimizers[_OPTION_RANK]
+        if self.policy is not None and self.policy.train.lr is None:
+            return []
         if optimizer.rank <= rate.rank or self.optimizers.get(rate.rank) == name:
             return []
         text = f"{name} needs its own train.lr: the one from {rate.where} is for {self.optimizers.get(rate.rank)}"

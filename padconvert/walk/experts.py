@@ -10,6 +10,7 @@ from torch import nn
 EXPERTS_CLASS = re.compile(r"Experts")
 # Not `Moe` alone: every class of such a model is called so (Qwen2MoeAttention).
 BLOCK_CLASS = re.compile(r"MoE|SparseMoe")
+_WORDS = "part of the mixture "
 ROUTER = re.compile(r"gate|router|gating", re.IGNORECASE)
 
 
@@ -18,10 +19,16 @@ def find_experts(root: nn.Module) -> dict[nn.Module, str]:
     inside: dict[nn.Module, str] = {}
     for name, parent in root.named_modules():
         for part in _parts(parent, is_root=parent is root):
-            words = f"part of the mixture {name or 'the model itself'} ({type(parent).__name__})"
+            words = f"{_WORDS}{name or 'the model itself'} ({type(parent).__name__})"
             for module in part.modules():
                 inside.setdefault(module, words)
     return inside
+
+
+def find_mixtures(root: nn.Module) -> tuple[str, ...]:
+    """The outermost mixtures of experts below `root`: name and class."""
+    found = dict.fromkeys(words.removeprefix(_WORDS) for words in find_experts(root).values())
+    return tuple(found)
 
 
 def _parts(parent: nn.Module, *, is_root: bool) -> Iterator[nn.Module]:

@@ -49,3 +49,4 @@ class Walk:
     layers: tuple[LayerInfo, ...]
     method: str  # "forward" (a real call was watched) or "tree" (the module tree only)
     notes: tuple[str, ...] = ()  # what had to be assumed, and why a forward was not possible
+    mixtures: tuple[str, ...] = ()  # modules that are mixtures of experts already, with their class

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from padconvert.walk.causal import find_causal
-from padconvert.walk.experts import find_experts
+from padconvert.walk.experts import find_experts, find_mixtures
 from padconvert.walk.forward import Watched, watch
 from padconvert.walk.found import Found, find_layers
 from padconvert.walk.groups import Groups, find_groups
@@ -39,7 +39,15 @@ def walk_tree(root: nn.Module, probe: ProbeSpec | None) -> Walk:
         )
         for index, layer in enumerate(layers)
     )
-    return Walk(infos, "tree" if watched is None else "forward", notes)
+    mixtures = find_mixtures(root)
+    return Walk(infos, "tree" if watched is None else "forward", (*notes, *_on_mixtures(mixtures)), mixtures)
+
+
+def _on_mixtures(mixtures: Sequence[str]) -> tuple[str, ...]:
+    if not mixtures:
+        return ()
+    more = f" and {len(mixtures) - 1} more" if len(mixtures) > 1 else ""
+    return (f"already a mixture of experts, and left as it is: {mixtures[0]}{more}",)
 
 
 def _judge_all(root: nn.Module, layers: Sequence[Found], watched: Watched | None) -> list[tuple[Reason, str]]:

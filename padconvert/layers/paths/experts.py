@@ -9,7 +9,7 @@ Legend of names: T tokens, J = top_k chosen experts, K experts, I inputs, O outp
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -129,7 +129,7 @@ def _every_choice(x_TI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None, call
         out_TKO = out_TKO if bias_KO is None else out_TKO + bias_KO
         return out_TKO.gather(1, call.chosen_TJ[..., None].expand(-1, -1, out_TKO.shape[-1]))
     tokens, choices = call.chosen_TJ.shape
-    rows_NI = x_TI.repeat_interleave(choices, 0)
+    rows_NI = x_TI[:, None].expand(-1, choices, -1).reshape(tokens * choices, -1)
     return _by_expert(rows_NI, weight_KOI, bias_KO, call.chosen_TJ.flatten()).reshape(tokens, choices, -1)
 
 
@@ -153,14 +153,31 @@ def _weighed(out_TJO: Tensor, call: Routed) -> Tensor:
 
 def _by_expert(rows_NI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None, expert_N: Tensor) -> Tensor:
     """Each row by its own expert: [N, I] → [N, O]. Rows are sorted by expert, so each expert is called once."""
-    order = expert_N.argsort(stable=True)
+    order_N = expert_N.argsort(stable=True)
+    inverse_N = order_N.argsort()
     counts = torch.bincount(expert_N, minlength=len(weight_KOI)).tolist()
-    pieces = rows_NI[order].split(counts)
-    outs = [
-        torch.nn.functional.linear(piece, weight_KOI[k], None if bias_KO is None else bias_KO[k])
-        for k, piece in enumerate(pieces)
-        if len(piece)
-    ]
-    if not outs:
-        return rows_NI.new_zeros(0, weight_KOI.shape[1])
-    return torch.cat(outs)[order.argsort()]
+    pieces = _reordered(rows_NI, order_N, inverse_N).split(counts)
+    # taken apart once: the gradient of `weight_KOI[k]` would be a whole [K, O, I] for every k
+    biases = [None] * len(weight_KOI) if bias_KO is None else list(bias_KO.unbind())
+    experts = zip(pieces, weight_KOI.unbind(), biases, strict=True)
+    outs = [torch.nn.functional.linear(piece, weight, bias) for piece, weight, bias in experts]
+    return _reordered(torch.cat(outs), inverse_N, order_N)
+
+
+class _Reorder(torch.autograd.Function):
+    """Rows in another order. The gradient goes back by the inverse order, where indexing's own would add up rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(0, inverse), None, None
+
+
+def _reordered(rows: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
+    reordered: Tensor = _Reorder.apply(rows, order_N, inverse_N)  # type: ignore[no-untyped-call]
+    return reordered

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor, nn
 
-from padconvert.layers.kmeans import kmeans, sharpness
+from padconvert.layers.kmeans import balancing_bias, kmeans, sharpness
 from padconvert.layers.routers import RouterModule
 
 #: mean top probability that k-means routing starts with
@@ -42,7 +42,8 @@ class Router(RouterModule):
 
     @torch.no_grad()
     def initialise_(self, pooled_NC: Tensor | None, generator: Generator) -> None:
-        """Set by k-means of `pooled_NC`, or at random (scale 1/√C) without it."""
+        """Set by k-means of `pooled_NC`, with top-k so that experts are chosen equally often; or at random (scale 1/√C)
+        without it."""
         if pooled_NC is None:
             noise = torch.randn(self.weight.shape, generator=generator) / self.weight.shape[1] ** 0.5
             self.weight.copy_(noise)
@@ -56,6 +57,9 @@ class Router(RouterModule):
         centre_KC = kmeans(standard_NC, self.weight.shape[0], generator)
         # softmax over −‖z − c‖²/2 up to a sharpness; ‖z‖² is the same for all experts and drops out
         weight_KC, bias_K = centre_KC, -centre_KC.square().sum(1) / 2
+        logits_NK = standard_NC @ weight_KC.T + bias_K
+        if self.top_k:
+            bias_K = bias_K + balancing_bias(logits_NK, self.top_k)
         scale = sharpness(standard_NC @ weight_KC.T + bias_K, TOP_PROBABILITY)
         self.weight.copy_(scale * weight_KC)
         self.bias.copy_(scale * bias_K)
