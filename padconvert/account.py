@@ -229,8 +229,8 @@ def card_lines(measured: Comparison | None, routers: Sequence[RouterUse], task: 
         entropies = [use.usage_entropy for use in routers]
         starved, collapsed = sum(use.starved for use in routers), sum(use.collapsed for use in routers)
         lines.append(
-            f"Routers: {len(routers)}, of which {collapsed} collapsed; entropy of the experts' use {min(entropies):.2f} to "
-            f"{max(entropies):.2f} of the highest; {starved} experts with less than {STARVED:.0%} of an even share."
+            f"Routers: {len(routers)}, {collapsed} of them collapsed; entropy of the experts' use {min(entropies):.2f} "
+            f"to {max(entropies):.2f} of the highest; {starved} experts with less than {STARVED:.0%} of an even share."
         )
     return tuple(lines)
 
