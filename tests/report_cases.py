@@ -96,7 +96,7 @@ DRY_RUN = replace(
 )  # fmt: skip
 
 
-def _block(number: int, **counts: int) -> tuple[LayerResult, ...]:
+def _block(number: int, n_static: int | None = None, n_dynamic: int | None = None) -> tuple[LayerResult, ...]:
     """A gated feed-forward block, down declared before up, beside two projections of an attention."""
     where = f"layers.{number}"
     static = LayerResult(
@@ -106,7 +106,7 @@ def _block(number: int, **counts: int) -> tuple[LayerResult, ...]:
     gate = LayerResult(
         f"{where}.mlp.gate", (), "linear", Verdict.CONVERT, Reason.POLICY_DEFAULT, "neuron", 8, 0.5,
         type="Linear", role="ffn", dtype="float32", weight_shape=(192, 64), group=f"{where}.mlp.gate", place="first",
-        top_k=2, **counts,
+        top_k=2, n_static=n_static, n_dynamic=n_dynamic,
     )  # fmt: skip
     up = replace(gate, name=f"{where}.mlp.up", place="peer")
     down = replace(gate, name=f"{where}.mlp.down", place="last", weight_shape=(64, 192))
@@ -140,6 +140,13 @@ MIXTURE = replace(
         RouterUse("layers.1.mlp.gate", (0.3, 0.2, 0.2, 0.1, 0.1, 0.096, 0.004, 0.0), 0.8312, 0.2, 2, False),
         RouterUse("layers.2.mlp.gate", (0.97, 0.03, *(0.0,) * 6), 0.0648, 0.01, 6, True),
     ),
+)
+
+GOES_ON = replace(
+    TRAINED,
+    source=SourceFile("model.pad.safetensors", "artefact", 113_480, "a" * 64),
+    totals=replace(TOTALS, bytes_source=113_480),
+    metrics=Comparison(source={"accuracy": 0.9021}, output={"accuracy": 0.9347}),
 )
 
 INSPECTED_SOURCE = Inspection(

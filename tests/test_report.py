@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 import report_cases as cases
+from padconvert.account import card_lines
 from padconvert.report import json_document, numbers, terminal
 from padconvert.report.html import page
 from padconvert.report.layers_table import layers_table
@@ -183,6 +184,33 @@ def test_of_many_routers_those_with_a_mark_are_shown() -> None:
     assert "r8 " in text.getvalue()
     assert "r9 " not in text.getvalue()
     assert "and 41 more" in text.getvalue()
+
+
+def test_an_artefact_that_goes_on_is_not_called_a_static_source() -> None:
+    lines = [re.sub(r" {2,}", "  ", line).strip() for line in rendered(cases.GOES_ON).splitlines()]
+    at = lines.index("accuracy  –  93.47 %  –")
+    assert lines[at + 1] == "before this run  90.21 %"
+    assert "file  –  113 kB  226 kB" in lines
+    assert "parameters  14,762  27,210  56,000" in lines
+    text = page(cases.GOES_ON)
+    assert "<td>accuracy</td><td>–</td><td>93.47 %</td><td>–</td>" in text
+    assert "<td>before this run</td><td>–</td><td>90.21 %</td><td>–</td>" in text
+    assert "<td>file</td><td>–</td><td>113 kB</td><td>226 kB</td>" in text
+
+
+def test_the_card_says_what_was_measured_and_of_what() -> None:
+    lines = card_lines(cases.MIXTURE.metrics, cases.MIXTURE.routers, "glue/cola")
+    assert lines[2] == (
+        "matthews on the run's evaluation data: before the conversion -0.0207, static with the same training 0.1101, "
+        "this model 0.1234, fully dynamic 0.1302."
+    )
+    assert "does not make it GLUE's own set" in lines[4]
+    assert lines[5] == (
+        "Routers: 3, 1 of them collapsed; entropy of the experts' use 0.06 to 1.00 of the highest; 8 experts with less "
+        "than 5% of an even share."
+    )
+    assert not any("GLUE" in line for line in card_lines(cases.MIXTURE.metrics, (), "classification"))
+    assert card_lines(None, (), None) == ()
 
 
 def test_it_is_said_what_the_verdict_is_about() -> None:

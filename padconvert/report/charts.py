@@ -45,7 +45,7 @@ def _metric(result: Conversion) -> str:
     assert metrics is not None
     name = min(metrics.output, key=lambda name: name == "loss")  # the loss has a chart of its own
     every = {
-        "static source": metrics.source,
+        "before this run" if result.source.kind == "artefact" else "static source": metrics.source,
         "static, same training": metrics.static,
         "padconvert": metrics.output,
         "fully dynamic": metrics.fully_dynamic,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from padconvert.gates import said as gate_said
@@ -54,19 +54,26 @@ def _cost(result: Conversion) -> str:
     rows: list[list[str]] = []
     for name in metrics.output if metrics else ():
         assert metrics is not None
+        if result.source.kind == "artefact":  # no static network was measured
+            rows.append([escape(name), "–", "–", _cell(name, metrics.output), "–"])
+            rows.append(["before this run", "–", "–", _cell(name, metrics.source), "–"])
+            continue
         columns = (metrics.source, metrics.static, metrics.output, metrics.fully_dynamic)
         rows.append([escape(name), *[_cell(name, of) for of in columns]])
-    costs = terminal.cost_rows(result.totals, written=result.output is not None, routed=terminal.chooses(result.layers))
-    for label, (source, *others), said in costs:
-        cells = [
-            "–" if of is None else f"{said(of)} ({numbers.times(of, source or 0)})" for of in (source, source, *others)
-        ]
+    for label, (source, *others), said in terminal.conversion_rows(result):
+        cells = [_cost_cell(of, source, said) for of in (source, source, *others)]
         rows.append([label, *cells])
     header = ["", "static source", "static, same training", "padconvert", "fully dynamic"]
     if metrics is None or metrics.static is None:
         rows = [row[:2] + row[3:] for row in rows]
         header = header[:2] + header[3:]
     return "<h2>Cost beside both neighbours</h2>\n" + _table(header, (_row(row) for row in rows))
+
+
+def _cost_cell(of: int | None, source: int | None, said: Callable[[int], str]) -> str:
+    if of is None:
+        return "–"
+    return said(of) if source is None else f"{said(of)} ({numbers.times(of, source)})"
 
 
 def _cell(name: str, of: Metrics | None) -> str:

@@ -111,9 +111,8 @@ def cost_table(result: Conversion) -> Table:
     for name in ("static source", *(["static, same training"] if control else []), "padconvert", "fully dynamic"):
         table.add_column(name, justify="right", style="bold green" if name == "padconvert" else "", no_wrap=True)
     if metrics is not None:
-        _metric_rows(table, metrics, control)
-    rows = cost_rows(result.totals, written=result.output is not None, routed=chooses(result.layers))
-    for label, (source, *rest), said in rows:
+        _metric_rows(table, metrics, control, result.source.kind)
+    for label, (source, *rest), said in conversion_rows(result):
         _add_cost(table, label, [source, *([source] if control else []), *rest], said)
     return table
 
@@ -121,6 +120,18 @@ def cost_table(result: Conversion) -> Table:
 def chooses(layers: Sequence[LayerResult]) -> bool:
     """Whether a token is computed with fewer parameters than are stored: by some of the experts, or all in one."""
     return any(layer.top_k or layer.group for layer in layers)
+
+
+def conversion_rows(result: Conversion) -> list[CostRow]:
+    """`cost_rows` of a conversion. An artefact's file is not that of the static source that the numbers beside are of,
+    and the weights of a directory are not all of it."""
+    *rows, (label, (source, *others), said) = cost_rows(
+        result.totals, written=result.output is not None, routed=chooses(result.layers)
+    )
+    if result.source.kind == "artefact":
+        source = None
+    label = "weight files" if result.source.kind == "transformers" else label
+    return [*rows, (label, (source, others[0], others[1]), said)]
 
 
 def cost_rows(totals: Totals | Holdings, *, written: bool = True, routed: bool = False) -> list[CostRow]:
@@ -145,14 +156,18 @@ def _add_cost(table: Table, label: str, values: Sequence[int | None], said: Call
         table.add_row("", *["" if value is None else numbers.times(value, base) for value in values])
 
 
-def _metric_rows(table: Table, metrics: Comparison, control: bool) -> None:
+def _metric_rows(table: Table, metrics: Comparison, control: bool, kind: str) -> None:
     for name in sorted(metrics.output, key=lambda name: name == "loss"):  # what one asks for first, the loss last
 
         def cell(of: Metrics | None, name: str = name) -> str:
             return numbers.metric(name, of[name]) if of and name in of else "–"
 
         controls = [cell(metrics.static)] if control else []
-        table.add_row(name, cell(metrics.source), *controls, cell(metrics.output), cell(metrics.fully_dynamic))
+        if kind == "artefact":  # no static network was measured
+            table.add_row(name, "–", *controls, cell(metrics.output), "–")
+            table.add_row("  before this run", "", *controls, cell(metrics.source), "")
+        else:
+            table.add_row(name, cell(metrics.source), *controls, cell(metrics.output), cell(metrics.fully_dynamic))
 
 
 def _parts(totals: Totals) -> Text:
