@@ -546,6 +546,29 @@ def test_the_reader_in_the_document(granularity: Granularity, tmp_path: Path) ->
     assert torch.equal(torch.from_numpy(scope["weight"]), effective_weight(built, routing))
 
 
+@pytest.mark.parametrize("place", ["up", "down"])
+def test_the_reader_in_the_document_reads_blocks(place: str, tmp_path: Path) -> None:
+    """A `neuron` block in the recipe: rows of one layer, columns of the other, one index."""
+    torch.manual_seed(3)
+    members = block(granularity=Granularity.NEURON, gated=False)
+    tensors = {name: tensor for member in members for name, tensor in tensors_of(member).items()}
+    tensors |= {name: torch.randn_like(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    write(tmp_path, manifest(*members), tensors)
+    recipe = re.search(r"```python\n(.*?)```", FORMAT_DOCUMENT.read_text(), re.DOTALL)
+    assert recipe is not None
+    first, last = members
+    member = first if place == "up" else last
+    scope: dict[str, Any] = {"path": tmp_path / "x.safetensors", "name": member.name, "expert": 1}
+    exec(recipe[1], scope)  # our own document
+    static, dynamic = (tensors[f"{member.name}.weight_{part}"] for part in ("static", "dynamic"))
+    index = tensors[f"{first.name}.dynamic_index"].tolist()
+    expected = torch.empty(member.facts.weight_shape)
+    by_unit = expected if place == "up" else expected.T
+    by_unit[index] = dynamic[1] if place == "up" else dynamic[1].T
+    by_unit[[i for i in range(len(by_unit)) if i not in index]] = static if place == "up" else static.T
+    assert torch.equal(torch.from_numpy(scope["weight"].copy()), expected)
+
+
 def effective_weight(layer: PadLayer, routing: Tensor) -> Tensor:
     static, dynamic = layer.weight_static, layer.weight_dynamic
     assert static is not None
