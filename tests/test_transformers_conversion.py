@@ -17,6 +17,7 @@ import padconvert
 from directories import MODELS, saved, tiny
 from padconvert.__main__ import main
 from padconvert.errors import NothingEligibleError, PolicyError
+from padconvert.finetune import resume
 from padconvert.finetune.objectives import forward
 from padconvert.layers.ffn import PadLinearMember
 from padconvert.partition import Partitioner
@@ -235,6 +236,41 @@ def test_the_same_run_gives_the_same_bytes(bert: Path, tmp_path: Path, capsys: p
     words = training(tmp_path, "--steps", 12)
     shas = {run(capsys, "convert", bert, "-o", tmp_path / name, *words)["output"]["sha256"] for name in "ab"}
     assert len(shas) == 1
+
+
+class Killed(BaseException):
+    """Stands in for the end of the process."""
+
+
+@pytest.mark.parametrize(
+    ("granularity", "at"), [("neuron", 6), ("element", 16), ("neuron", 35)]
+)  # in the warm-up, between the rounds, in recovery
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    granularity: str,
+    at: int,
+    bert: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = training(tmp_path, "--granularity", granularity, "--set", "ffn.router=mlp")
+    whole = run(capsys, "convert", bert, "-o", tmp_path / "whole", *words)
+    words += ["--work-dir", tmp_path / "work"]
+    before = resume.FileKeeper.step_done
+
+    def killing(keeper: resume.FileKeeper, state: Any) -> None:
+        if state.step == at:
+            keeper.save(state)
+            raise Killed
+        before(keeper, state)
+
+    monkeypatch.setattr(resume.FileKeeper, "step_done", killing)
+    with pytest.raises(Killed):
+        main([str(word) for word in ["convert", bert, "-o", tmp_path / "resumed", *words]])
+    monkeypatch.setattr(resume.FileKeeper, "step_done", before)
+    resumed = run(capsys, "convert", bert, "-o", tmp_path / "resumed", *words)
+    assert resumed["output"]["sha256"] == whole["output"]["sha256"]
+    assert len(resumed["history"]) == len(whole["history"])
 
 
 def test_training_goes_on_from_the_directory(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
