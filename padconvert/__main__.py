@@ -116,7 +116,7 @@ def _fail(words: list[str], error: PadconvertError) -> int:
 
 def _say(words: list[str], error: PadconvertError) -> None:
     print(f"error: {error}", file=sys.stderr)
-    if "--json" in words:
+    if "--json" in words and not (isinstance(error, Interrupted) and error.reported):
         document: dict[str, object] = {
             "schema": "padconvert.error/1",
             "error": str(error),

@@ -59,4 +59,10 @@ class GateError(PadconvertError):
 
 
 class Interrupted(PadconvertError):
+    """`reported`: what was done until then stands on stdout already, so no other document may."""
+
     exit_code = 130
+
+    def __init__(self, message: str = "", *, reported: bool = False) -> None:
+        super().__init__(message)
+        self.reported = reported

@@ -303,4 +303,81 @@ class Diagnosis:
     schema: str = field(default="padconvert.doctor/1")
 
 
-Result = Conversion | Inspection | Verification | Audited | Diagnosis
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the numbers were measured on. `vectors` is the widest vector unit that torch computes with on the CPU."""
+
+    device: str
+    cores: int
+    threads: int
+    vectors: str
+    torch: str
+    python: str
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """One network at one batch size: seconds a call, and its time over the static network's in the same round, each as
+    median and quartiles. `peak_bytes`: memory at the peak of a call above what was held before it, None where the
+    system does not say."""
+
+    seconds: float
+    seconds_low: float
+    seconds_high: float
+    over_static: float
+    over_static_low: float
+    over_static_high: float
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BenchBatch:
+    """`output_over_fully_dynamic` is round by round too: below 1, the partition saves time."""
+
+    batch_size: int
+    rounds: int
+    static: Timed
+    output: Timed
+    fully_dynamic: Timed
+    output_over_fully_dynamic: float
+
+
+@dataclass(frozen=True, slots=True)
+class BenchLayer:
+    """A converted layer inside its network: medians of its seconds a call of the network, and over the static layer's
+    in the same round. `path` is the compute path that it took, None where it is not known."""
+
+    name: str
+    batch_size: int
+    kind: str
+    weight_shape: tuple[int, ...]
+    granularity: str
+    seconds_static: float
+    seconds_output: float
+    seconds_fully_dynamic: float
+    over_static: float
+    fully_dynamic_over_static: float
+    path: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What `bench` measured. Bytes are those of each network's tensors in memory. `complete` is False after a Ctrl-C:
+    there are fewer batch sizes or rounds then."""
+
+    artefact: str
+    source: str
+    machine: Machine
+    dtype: str
+    inputs: dict[str, tuple[int, ...]]  # by name or position, without the batch
+    bytes_static: int
+    bytes_output: int
+    bytes_fully_dynamic: int
+    batches: tuple[BenchBatch, ...]
+    layers: tuple[BenchLayer, ...] = ()
+    notes: tuple[str, ...] = ()
+    complete: bool = True
+    schema: str = field(default="padconvert.bench/1")
+
+
+Result = Conversion | Inspection | Verification | Audited | Diagnosis | Bench

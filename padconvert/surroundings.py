@@ -26,7 +26,8 @@ class Clock:
         self._last = now
 
 
-def _usable(device: str) -> torch.device:
+def usable(device: str) -> torch.device:
+    """The device, once it has held a number. Raises UsageError."""
     try:
         found = torch.device(device)
         torch.zeros(1, device=found).item()  # the meta device holds no values
@@ -41,7 +42,7 @@ def _usable(device: str) -> torch.device:
 @contextmanager
 def settled(device: str) -> Iterator[torch.device]:
     """The device, with deterministic algorithms for as long as the run lasts."""
-    found = _usable(device)
+    found = usable(device)
     # not use_deterministic_algorithms, which does the same but imports torch's compiler first: seconds
     before = torch.get_deterministic_debug_mode()
     state = torch.random.get_rng_state()

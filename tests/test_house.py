@@ -19,7 +19,7 @@ PACKAGE = ROOT / "padconvert"
 ORDER = [
     ["errors"],
     ["words", "allow"],
-    ["results", "progress", "walk.info", "layers.facts"],
+    ["results", "progress", "paired", "walk.info", "layers.facts"],
     ["gates"],
     ["policy"],
     ["options"],
@@ -35,6 +35,7 @@ ORDER = [
     ["export", "hf"],
     ["load"],
     ["account", "task"],
+    ["contenders"],
     ["verify", "verify_hf", "bench", "inspection", "doctor"],
     ["neighbours", "seal"],
     ["convert", "api"],

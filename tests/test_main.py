@@ -29,6 +29,8 @@ OPTIONS = {
     "inspect": "--policy --preset --set --arch --arch-arg --input-shape --trust --state-key --audit --json",
     "verify": "--against --data --loader --arch --arch-arg --trust --state-key --device --json",
     "export": "--output -o --format --trust --force --json",
+    "bench": "--against --batch-size --threads --layers --quick --input-shape --data --arch --arch-arg --trust "
+    "--state-key --device --json",
     "doctor": "--json",
 }
 

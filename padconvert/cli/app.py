@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from padconvert.cli import convert, doctor, export, inspect, policy, verify
+from padconvert.cli import bench, convert, doctor, export, inspect, policy, verify
 
 app = typer.Typer(
     name="padconvert",
@@ -20,6 +20,7 @@ app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("export")(export.export)
+app.command("bench")(bench.bench)
 app.add_typer(policy.app, name="policy")
 app.command("doctor")(doctor.doctor)
 

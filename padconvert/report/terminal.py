@@ -9,11 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from padconvert.gates import said as gate_said
-from padconvert.report import numbers
+from padconvert.report import bench, numbers
 from padconvert.report.layers_table import layers_table
 from padconvert.report.routers import legend, routers_table
 from padconvert.results import (
     Audited,
+    Bench,
     Check,
     Comparison,
     Conversion,
@@ -56,6 +57,8 @@ def show(result: Result, target: Console | None = None) -> None:
             blocks = _audited(result)
         case Diagnosis():
             blocks = _diagnosis(result)
+        case Bench():
+            blocks = bench.blocks(result)
     for i, block in enumerate(blocks):
         if i:
             target.print()
