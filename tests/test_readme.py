@@ -6,6 +6,7 @@ A shown line must be a line of the output, where `…` stands for anything. `$ e
 from __future__ import annotations
 
 import os
+import random
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+TRANSFORMER = "\n## A transformer\n"  # the tutorial's last part
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```(python|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ENVIRONMENT = {
@@ -49,15 +51,56 @@ def follow(block: str, folder: Path) -> None:
             assert any(pattern(line).fullmatch(found) for found in lines), f"{line!r} is not in\n" + "\n".join(lines)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/tutorial.md", "docs/ci.md"])
-def test_the_examples_of_a_document_hold(document: str, tmp_path: Path) -> None:
-    blocks = BLOCK.findall((ROOT / document).read_text(encoding="utf-8"))
+def follow_all(text: str, folder: Path) -> None:
+    blocks = BLOCK.findall(text)
     assert len(blocks) > 2
     for language, block in blocks:
         if language == "console":
-            follow(block, tmp_path)
+            follow(block, folder)
         else:
-            subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=ENVIRONMENT, check=True)
+            subprocess.run([sys.executable, "-c", block], cwd=folder, env=ENVIRONMENT, check=True)
+
+
+def parts(document: str) -> tuple[str, str]:
+    """What needs no transformers, and the rest."""
+    first, _, rest = (ROOT / document).read_text(encoding="utf-8").partition(TRANSFORMER)
+    return first, rest
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/tutorial.md", "docs/ci.md"])
+def test_the_examples_of_a_document_hold(document: str, tmp_path: Path) -> None:
+    follow_all(parts(document)[0], tmp_path)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A folder with a tiny random BERT's directory, a tokenizer of invented words in it, and two tables of text."""
+    pytest.importorskip("datasets")
+    transformers = pytest.importorskip("transformers")
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = [f"w{number}" for number in range(50)]
+    numbers = {word: number for number, word in enumerate(["[PAD]", "[UNK]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(tmp_path / "bert")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(numbers), hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    chance = random.Random(0)
+    for name, count in (("train.tsv", 64), ("dev.tsv", 32)):
+        rows = [chance.choices(words, k=chance.randint(3, 9)) for _ in range(count)]
+        lines = [f"{' '.join(row)}\t{'good' if row[0] < 'w3' else 'bad'}" for row in rows]
+        (tmp_path / name).write_text("\n".join(["sentence\tlabel", *lines, ""]), encoding="utf-8")
+    return tmp_path
+
+
+def test_the_tutorials_transformer_holds(texts: Path) -> None:
+    follow_all(parts("docs/tutorial.md")[1], texts)
 
 
 @pytest.mark.parametrize(
