@@ -89,7 +89,7 @@ def _with_trained_head(
     progress.stage("train the new head")
     steps = train_head_(module, set(new), data, policy, options.seed, device, progress)
     note = (
-        f"a new head ({type(module).__name__}, {data.num_outputs} outputs) was trained alone for {steps} steps first; "
+        f"a new head ({type(module).__name__}, outputs: {data.num_outputs}) was trained alone first (steps: {steps}); "
         "with it, the source is what all variants start from"
     )
     return replace(opened, module=module, static=module, architecture=architecture, notes=(*opened.notes, note))

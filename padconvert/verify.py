@@ -25,6 +25,7 @@ from padconvert.layers.pad import PadLayer
 from padconvert.load import open_source
 from padconvert.load.artefact import load_checkpoint
 from padconvert.load.detect import InputKind, detect
+from padconvert.load.directory_head import has_head
 from padconvert.load.factory import architecture_of, build_factory
 from padconvert.load.opened import module_of, open_input
 from padconvert.load.source import Source
@@ -319,8 +320,9 @@ def _metrics_check(
     if not found:
         raise FileError(f"{', '.join(data)}: has no labels, so there is nothing to measure. Name labelled data.")
     name = "accuracy" if "accuracy" in found else "loss"
-    if source is None:
-        return Check(name, True, found[name], None, "measured; nothing to hold it against", held=False)
+    if source is None or (has_head(checkpoint.manifest.architecture) and not has_head(source.architecture)):
+        why = "measured; nothing to hold it against" if source is None else "measured; the source has no head for it"
+        return Check(name, True, found[name], None, why, held=False)
     module = upcast_(copy.deepcopy(module_of(source))).to(device)
     before = evaluate(module, examples, EVALUATION_BATCH, device=device)
     if name == "loss":

@@ -168,6 +168,22 @@ def test_folded_and_rebuilt_it_computes_the_same(
     assert torch.equal(pickle.loads(pickle.dumps(again))(x), model(x))
 
 
+@CASES
+@GRANULARITIES
+@GATED
+def test_inference_writes_in_place_what_autograd_computes(
+    gated: bool, granularity: Granularity, top_k: int, routing: Routing
+) -> None:
+    model, x = as_experts(Ffn(gated).double(), granularity, top_k, routing).eval(), inputs()
+    make_unequal_(model)
+    for ready in (lambda _: None, partition_, fold_):
+        ready(model)
+        expected = model(x).detach()
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), expected, atol=1e-12, rtol=0)
+            assert model(x[:0]).shape == x[:0].shape
+
+
 def test_a_neuron_block_stores_its_units_once_and_columns_of_its_last_layer() -> None:
     model = as_experts(Ffn(gated=True), Granularity.NEURON, 2, Routing.TOKEN)
     partition_(model)

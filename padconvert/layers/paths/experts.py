@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from padconvert.layers.autocast import without_autocast
-from padconvert.layers.paths import aggregate
+from padconvert.layers.paths import aggregate, experts_in_place
 from padconvert.words import Granularity, Routing
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def routed(layer: PadLinear, x: Tensor) -> Routed:
         none = routing.new_zeros(0, 0)
         return Routed(lead, routing, none, none.long())
     if layer.routing is Routing.SEQUENCE and x.dim() > 2:
-        routing = routing.reshape(lead[0], *(1,) * (len(lead) - 1), -1).expand(*lead, layer.num_experts)
+        routing = routing.reshape(lead[0], *(1,) * (len(lead) - 1), layer.num_experts).expand(*lead, layer.num_experts)
     routing_TK = routing.reshape(-1, layer.num_experts)
     gates_TJ, chosen_TJ = routing_TK.topk(layer.top_k, dim=-1)
     return Routed(lead, routing_TK, gates_TJ, chosen_TJ)
@@ -53,7 +53,10 @@ def routed(layer: PadLinear, x: Tensor) -> Routed:
 def project(layer: PadLinear, x: Tensor) -> Tensor:
     """A layer on its own: [..., I] → [..., O], Σ_j π_j (W_j x + b_j) over the chosen experts."""
     call = routed(layer, x)
-    out_TJO = _each(layer, x.reshape(-1, layer.in_features), call)
+    x_TI = x.reshape(-1, layer.in_features)
+    if experts_in_place.possible(x):
+        return experts_in_place.project(layer, x_TI, call).to(x.dtype).reshape(*x.shape[:-1], layer.out_features)
+    out_TJO = _each(layer, x_TI, call)
     return _weighed(out_TJO, call).to(out_TJO.dtype).reshape(*x.shape[:-1], layer.out_features)
 
 
@@ -62,8 +65,10 @@ def widen(layer: PadLinearMember, x: Tensor, call: Routed) -> Tensor:
     if layer.merges:
         return aggregate.project_by(layer, x, call.routing)
     x_TI = x.reshape(-1, layer.in_features)
+    if experts_in_place.possible(x):
+        return _placed(experts_in_place.widen(layer, x_TI, call), call)
     if layer.granularity is not Granularity.NEURON:
-        return _each(layer, x_TI, call).flatten(1).reshape(*call.lead, -1)
+        return _placed(_each(layer, x_TI, call).flatten(1), call)
     static = _cut(layer, "static", x.dtype)
     dynamic = _cut(layer, "dynamic", x.dtype)
     parts = []
@@ -71,7 +76,11 @@ def widen(layer: PadLinearMember, x: Tensor, call: Routed) -> Tensor:
         parts.append(torch.nn.functional.linear(x_TI, *static))
     if dynamic is not None:
         parts.append(_every_choice(x_TI, *dynamic, call).flatten(1))
-    return torch.cat(parts, -1).reshape(*call.lead, -1)
+    return _placed(torch.cat(parts, -1), call)
+
+
+def _placed(hidden_TH: Tensor, call: Routed) -> Tensor:
+    return hidden_TH.reshape(*call.lead, hidden_TH.shape[-1])
 
 
 def narrow(layer: PadLinearMember, x: Tensor, call: Routed) -> Tensor:
@@ -79,6 +88,8 @@ def narrow(layer: PadLinearMember, x: Tensor, call: Routed) -> Tensor:
     if layer.merges:
         return aggregate.project_by(layer, x, call.routing)
     x_TH = x.reshape(-1, x.shape[-1])
+    if experts_in_place.possible(x):
+        return experts_in_place.narrow(layer, x_TH, call).to(x.dtype).reshape(*call.lead, layer.out_features)
     if layer.granularity is not Granularity.NEURON:
         x_TJI = x_TH.reshape(x_TH.shape[0], layer.top_k, layer.in_features)
         weight_KOI, bias_KO = _experts(layer, x.dtype)
