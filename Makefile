@@ -8,12 +8,13 @@ MINILM := $(VENV)/.minilm
 # One worker a core; each test process computes on one thread.
 TESTS := $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help install test soak lint format demo clean
+.PHONY: help install test soak bench lint format demo clean
 
 help:
 	@echo "make demo    a small network learns, is converted, and is held beside its neighbours (under 3 minutes)"
 	@echo "make test    the tests"
 	@echo "make soak    100,000 damaged files, every bit of an artefact, 51 killed runs (long; resumable)"
+	@echo "make bench   layers, networks, commands beside their baselines (about an hour; resumable; QUICK=1: some minutes)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff's formatter and its safe fixes"
 	@echo "make clean   removes what the other targets made"
@@ -40,6 +41,13 @@ test: $(STAMP) $(MINILM)
 soak: $(STAMP)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m soak.run
 	@$(BIN)/python -m pytest -q -m slow tests/test_memory.py
+
+# Resumable: rows that are measured are kept in tests/benchmarks/results until the code that they time changes.
+BENCHMARKS := convolutions networks finetune_step experts conversion startup
+bench: $(STAMP)
+	@for table in $(BENCHMARKS); do echo "== $$table"; \
+	  PYTHONPATH=tests $(BIN)/python -m benchmarks.$$table $(if $(QUICK),--quick) || exit; done
+	@PYTHONPATH=tests $(BIN)/python -m benchmarks.report $(if $(QUICK),--quick)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check

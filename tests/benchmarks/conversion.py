@@ -38,7 +38,8 @@ def take(source: Path, granularity: str, layers: int, given: Setting) -> Row:
     folder = source.parent
     output = folder / f"{granularity}.pad.safetensors"
     convert = [
-        *PADCONVERT, "convert", source.name, "--output", output.name, "--force", "--quiet", "--granularity", granularity,
+        *PADCONVERT, "convert", source.name, "--output", output.name, "--force", "--quiet",
+        "--granularity", granularity,
         "--arch", "benchmarks.nets:wide", "--arch-arg", f"layers={layers}", "--arch-arg", f"width={WIDTH}",
         "--input-shape", "1,3,8,8",
     ]  # fmt: skip

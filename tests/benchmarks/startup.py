@@ -32,7 +32,7 @@ def take(folder: Path, layers: int, given: Setting) -> Row:
         "policy check": [*PADCONVERT, "policy", "check", "policy.yaml"],
         "inspect": [*PADCONVERT, "inspect", large.name],
     }
-    calls = {name: lambda each=each: run(each, folder, given.threads) for name, each in words.items()}  # type: ignore[misc]
+    calls = {name: lambda each=each: run(each, folder, given.threads) for name, each in words.items()}
     found = measure(calls, given.effort(EFFORT))
     row = paired_row(found, ("python -c pass",), bytes=large.stat().st_size)
     return {**row, "more": more_than(found, "python -c pass")}
