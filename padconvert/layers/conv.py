@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 from torch import Tensor
 
+from padconvert.layers.autocast import without_autocast
 from padconvert.layers.facts import CALL_OPTIONS, LayerFacts
 from padconvert.layers.pad import PadLayer
 from padconvert.layers.paths import convolve
+from padconvert.layers.routers import RouterModule
 
 
 class PadConv(PadLayer):
@@ -34,8 +37,12 @@ class PadConv(PadLayer):
         return self.in_channels
 
     def pooled(self, x: Tensor) -> Tensor:
-        """[B, C, *spatial] → [B, C]."""
-        return x.flatten(2).mean(-1)
+        """[B, C, *spatial] → [B, C] in the mixing dtype, without a copy of the map in it."""
+        return x.mean(tuple(range(2, x.dim())), dtype=self.mixing_dtype)
+
+    def route(self, x: Tensor) -> Tensor:
+        with without_autocast(x):
+            return cast(Tensor, cast(RouterModule, self.router)(self.pooled(x)))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, *spatial] → [B, O, *spatial']; without a batch dimension as torch's layers."""

@@ -1,7 +1,4 @@
-"""Aggregate: build W(b) for every sample by one matmul over all experts, then one grouped call for the batch.
-
-The cheapest of the plain forms where a sample's weight is small beside its feature map.
-"""
+"""Aggregate: build W(b) for every sample by one matmul over the dynamic units, then one grouped call for the batch."""
 
 from __future__ import annotations
 
@@ -9,30 +6,31 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from padconvert.layers.autocast import without_autocast
-from padconvert.layers.paths.call import convolution
+from padconvert.layers.paths.call import by_sample
+from padconvert.layers.paths.case import Case, compute_dtype
+from padconvert.layers.paths.cost import Machine, grouping, mixing, whole_weights
+from padconvert.layers.paths.parts import mixed
 
 if TYPE_CHECKING:
     from padconvert.layers.conv import PadConv
     from padconvert.layers.linear import PadLinear
-    from padconvert.layers.pad import PadLayer
 
 
-def mixed(layer: PadLayer, part: str, routing_BK: Tensor) -> Tensor:
-    """W(b) = Σ_k π_k(b) W_k for every sample: [B, *shape] in the mixing dtype."""
-    full = layer.expert_tensors(part)
-    with without_autocast(full):
-        return (routing_BK.to(full.dtype) @ full.flatten(1)).reshape(routing_BK.shape[0], *full.shape[1:])
+def unable(case: Case) -> str:
+    """Why this path cannot compute the case; empty where it can, which is always."""
+    del case
+    return ""
+
+
+def seconds(case: Case, machine: Machine) -> float:
+    return mixing(case, machine) + whole_weights(case, machine) + grouping(case, machine)
 
 
 def convolve(layer: PadConv, x: Tensor) -> Tensor:
-    """A grouped convolution whose groups are the samples: [B, C, …] as [1, B·C, …]."""
-    batch = len(x)
-    routing_BK = layer.route(x)
-    weight = mixed(layer, "weight", routing_BK).flatten(0, 1)
-    bias = mixed(layer, "bias", routing_BK).flatten() if layer.has_bias else None
-    out = convolution(layer, x.flatten(0, 1)[None], weight, bias, batch * layer.groups)
-    return out.reshape(batch, layer.out_channels, *out.shape[2:])
+    """A grouped convolution whose groups are the samples: [B, C, *spatial] → [B, O, *spatial']."""
+    routing_BK, dtype = layer.route(x), compute_dtype(x)
+    bias = mixed(layer, "bias", routing_BK).to(dtype) if layer.has_bias else None
+    return by_sample(layer, x.to(dtype), mixed(layer, "weight", routing_BK).to(dtype), bias)
 
 
 def project(layer: PadLinear, x: Tensor) -> Tensor:

@@ -15,14 +15,14 @@ _CONVOLUTIONS = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3
 
 def convolution(layer: PadConv, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     """One convolution of `x` with the layer's stride, dilation and padding."""
-    x, padding = _padded(layer, x)
+    x, padding = padded(layer, x)
     return _CONVOLUTIONS[layer.spatial](
         x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), layer.stride, padding, layer.dilation, groups
     )
 
 
-def _padded(layer: PadConv, x: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
-    """As torch's layers: every mode but "zeros" pads first and convolves without padding."""
+def padded(layer: PadConv, x: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
+    """The input and the padding left to do, as torch's layers: every mode but "zeros" pads beforehand."""
     if layer.padding_mode == "zeros":
         return x, layer.padding
     sides: list[int] = []
@@ -37,3 +37,12 @@ def _padded(layer: PadConv, x: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
             assert isinstance(amount, int)
             sides += [amount, amount]
     return torch.nn.functional.pad(x, sides, mode=layer.padding_mode), (0,) * layer.spatial
+
+
+def by_sample(layer: PadConv, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Each sample with its own weight, [B, O, I, *kernel] and [B, O], in one call: groups are samples."""
+    batch = len(x)
+    together = x.reshape(1, batch * x.shape[1], *x.shape[2:])
+    flat_bias = None if bias is None else bias.flatten()
+    out = convolution(layer, together, weight.flatten(0, 1), flat_bias, batch * layer.groups)
+    return out.reshape(batch, weight.shape[1], *out.shape[2:])

@@ -9,27 +9,64 @@ from torch import Tensor
 
 from padconvert.layers.autocast import without_autocast
 from padconvert.layers.paths.call import convolution
+from padconvert.layers.paths.case import Case, compute_dtype, rows_apart
+from padconvert.layers.paths.cost import Machine, convolutions, placing
+from padconvert.layers.paths.parts import dynamic_part, mix, mixed, placed
+from padconvert.layers.paths.rows import static_rows
 
 if TYPE_CHECKING:
     from padconvert.layers.conv import PadConv
     from padconvert.layers.linear import PadLinear
 
 
+def unable(case: Case) -> str:
+    """Why this path cannot compute the case; empty where it can, which is always."""
+    del case
+    return ""
+
+
+def seconds(case: Case, machine: Machine) -> float:
+    share = case.dynamic_share if case.rows_apart else 1.0
+    mixed = case.batch * case.outputs * case.num_experts * share
+    return convolutions(case, machine, 1, 1 + (case.num_experts - 1) * share) + placing(round(mixed), machine)
+
+
 def convolve(layer: PadConv, x: Tensor) -> Tensor:
     """y = Σ_k π_k (W_k ∗ x + b_k): [B, C, *spatial] → [B, O, *spatial'], the sum over experts in the mixing dtype.
 
-    K convolutions in place of one, but none knows the batch size: what an exported program needs.
+    One convolution whose outputs are all experts' rows, and the static rows once. None knows the batch size: it is what
+    an exported program needs.
     """
-    routing_BK = layer.route(x)
-    weight_KO = layer.expert_tensors("weight")
-    outs = [convolution(layer, x, weight_KO[k], None, layer.groups) for k in range(layer.num_experts)]
+    routing_BK, x = layer.route(x), x.to(compute_dtype(x))
+    if not rows_apart(layer):
+        return _mixed(layer, x, layer.expert_tensors("weight"), routing_BK, _mixed_bias(layer, routing_BK))
+    dynamic_KDS = dynamic_part(layer, "weight")
+    assert dynamic_KDS is not None
+    weight_KD = layer.view("weight").as_packed(dynamic_KDS)
+    dynamic_bias = dynamic_part(layer, "bias") if layer.has_bias else None
+    bias_BD = None if dynamic_bias is None else mix(layer, dynamic_bias, routing_BK)[..., 0]
+    scaled_BK = routing_BK if layer.scale_logit is None else routing_BK * layer.scales()[1]
+    dynamic = _mixed(layer, x, weight_KD, scaled_BK, bias_BD)
+    if layer.weight_static is None:
+        return dynamic
+    return placed(static_rows(layer, x), dynamic, layer.units("weight"))
+
+
+def _mixed_bias(layer: PadConv, routing_BK: Tensor) -> Tensor | None:
+    return mixed(layer, "bias", routing_BK) if layer.has_bias else None
+
+
+def _mixed(layer: PadConv, x: Tensor, weight_KO: Tensor, share_BK: Tensor, bias_BO: Tensor | None) -> Tensor:
+    """Σ_k share_k (W_k ∗ x) + bias: [B, O, *spatial'], in the dtype of `x`."""
+    if layer.groups == 1:
+        out_BKO = convolution(layer, x, weight_KO.flatten(0, 1), None, 1).unflatten(1, weight_KO.shape[:2])
+    else:  # an expert's rows lie among those of its groups
+        out_BKO = torch.stack([convolution(layer, x, weight, None, layer.groups) for weight in weight_KO.unbind()], 1)
     with without_autocast(x):
-        out_BKO = torch.stack(outs, 1).to(routing_BK.dtype)
-        mixed_BO = torch.einsum("bk,bko...->bo...", routing_BK, out_BKO)
-        if layer.has_bias:
-            bias_BO = routing_BK @ layer.expert_tensors("bias").to(routing_BK.dtype)
-            mixed_BO = mixed_BO + bias_BO.reshape(*bias_BO.shape, *(1,) * layer.spatial)
-    return mixed_BO.to(outs[0].dtype)
+        mixed_BO = torch.einsum("bk,bko...->bo...", share_BK, out_BKO.to(share_BK.dtype))
+        if bias_BO is not None:
+            mixed_BO = mixed_BO + bias_BO.to(share_BK.dtype).reshape(*bias_BO.shape, *(1,) * layer.spatial)
+    return mixed_BO.to(x.dtype)
 
 
 def project(layer: PadLinear, x: Tensor) -> Tensor:

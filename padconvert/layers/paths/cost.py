@@ -1,0 +1,90 @@
+"""What a path takes, estimated: the static layer's own time, and the floors that no path can go below.
+
+The floors are the bytes of the experts, read once a piece of the batch; the multiply-adds of mixing; and the
+dynamic units written for every sample. All constants are seconds for one entry, one multiply-add or one call of one
+thread in fp32; a choice depends on their ratios only. They are constants, not measurements at run time, so that
+equal cases are given equal paths on every machine; `measure.tuned` corrects a choice by the clock where one asks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from padconvert.layers.paths.case import Case
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """One kind of device."""
+
+    mac: float  # of a convolution
+    pointwise: float  # of a 1x1 convolution
+    product: float  # of a batched matrix product
+    grouped: float  # of a convolution with a group for every sample
+    reorder: float  # an entry of a weight, brought into the form a convolution computes in, for every call
+    read: float  # an entry of the experts, from memory
+    mix: float  # a multiply-add of mixing
+    copy: float  # an entry copied with its row
+    scatter: float  # an entry written on its own
+    output: float  # an entry of an output copied to its place
+    fresh: float  # an entry of memory that the system hands out anew for a call, for allocations past `kept`
+    kept: int  # entries
+    call: float  # one call
+
+
+#: fitted to one thread of an AMD EPYC (AVX-512)
+CPU = Machine(
+    mac=17e-12, pointwise=21e-12, product=21e-12, grouped=24e-12, reorder=0.6e-9, read=0.1e-9, mix=0.1e-9,
+    copy=0.2e-9, scatter=0.85e-9, output=0.6e-9, fresh=1e-9, kept=8 << 20, call=20e-6,
+)  # fmt: skip
+#: not measured: ratios of arithmetic to bandwidth as data sheets give them, and a call as long as a launch
+GPU = Machine(
+    mac=0.05e-12, pointwise=0.05e-12, product=0.06e-12, grouped=0.5e-12, reorder=0, read=2e-12, mix=0.5e-12,
+    copy=3e-12, scatter=10e-12, output=3e-12, fresh=0, kept=8 << 20, call=10e-6,
+)  # fmt: skip
+
+
+def machine_of(device: str) -> Machine:
+    """The constants for a kind of device; those of a GPU for whatever is no CPU."""
+    return CPU if device == "cpu" else GPU
+
+
+def convolutions(case: Case, machine: Machine, calls: int, share: float = 1.0) -> float:
+    """All samples through `share` of the weight's rows, in so many calls of equal batch. A convolution reorders its
+    weight, its input and its output, the last two into memory of its own."""
+    mac = machine.pointwise if case.pointwise else machine.mac
+    work = case.batch * case.macs * mac + calls * case.entries * machine.reorder
+    maps = case.inputs + round(case.outputs * share)
+    return share * work + calls * (machine.call + allocated(case.batch * maps // max(calls, 1), machine))
+
+
+def grouping(case: Case, machine: Machine, share: float = 1.0) -> float:
+    """All samples through their own `share` of rows, in one call with a group for every sample."""
+    per_sample = case.macs * machine.grouped + case.entries * machine.reorder
+    maps = case.batch * (case.inputs + round(case.outputs * share))
+    return share * case.batch * per_sample + machine.call + allocated(maps, machine)
+
+
+def mixing(case: Case, machine: Machine) -> float:
+    """Σ_k π_k D_k for every sample: the bytes of the experts, and the multiply-adds."""
+    experts = case.num_experts * case.dynamic_entries
+    return experts * machine.read + case.batch * experts * machine.mix + machine.call
+
+
+def whole_weights(case: Case, machine: Machine) -> float:
+    """The mixed units of all samples, and their whole weights, put together in new memory."""
+    static, dynamic = case.entries - case.dynamic_entries, case.dynamic_entries
+    written = dynamic * (machine.copy if case.by_row else machine.scatter)
+    placed = static * (machine.copy if case.by_row else machine.scatter) if case.n_static else 0.0
+    new = allocated(case.batch * case.entries, machine) + allocated(case.batch * dynamic, machine)
+    return case.batch * (written + placed) + new
+
+
+def placing(entries: int, machine: Machine) -> float:
+    """So many entries of outputs, copied to their places in new memory."""
+    return entries * machine.output + allocated(entries, machine)
+
+
+def allocated(entries: int, machine: Machine) -> float:
+    """New memory: small pieces come back from the allocator, large ones are paged in for every call."""
+    return entries * machine.fresh if entries > machine.kept else 0.0
