@@ -34,8 +34,8 @@ class Machine:
 
 #: fitted to one thread of an AMD EPYC (AVX-512)
 CPU = Machine(
-    mac=17e-12, pointwise=21e-12, product=21e-12, grouped=24e-12, reorder=0.6e-9, read=0.1e-9, mix=0.1e-9,
-    copy=0.2e-9, scatter=0.85e-9, output=0.6e-9, fresh=1e-9, kept=8 << 20, call=20e-6,
+    mac=19e-12, pointwise=22e-12, product=27e-12, grouped=24e-12, reorder=0.65e-9, read=0.1e-9, mix=0.11e-9,
+    copy=0.22e-9, scatter=0.95e-9, output=0.7e-9, fresh=1.4e-9, kept=8 << 20, call=20e-6,
 )  # fmt: skip
 #: not measured: ratios of arithmetic to bandwidth as data sheets give them, and a call as long as a launch
 GPU = Machine(

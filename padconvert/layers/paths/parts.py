@@ -40,13 +40,13 @@ def mix(layer: PadLayer, dynamic_KDS: Tensor, routing_BK: Tensor) -> Tensor:
     if layer.scale_logit is not None:
         share_BK = share_BK * layer.scales()[1]
     with without_autocast(dynamic_KDS):
-        return (share_BK @ dynamic_KDS.flatten(1)).view(len(routing_BK), *dynamic_KDS.shape[1:])
+        return (share_BK @ dynamic_KDS.flatten(1)).view(routing_BK.shape[0], *dynamic_KDS.shape[1:])
 
 
 def mixed(layer: PadLayer, part: str, routing_BK: Tensor) -> Tensor:
     """W(b) for every sample: [B, *shape] in the mixing dtype."""
     static_NS, dynamic_KDS = static_part(layer, part), dynamic_part(layer, part)
-    batch = len(routing_BK)
+    batch = routing_BK.shape[0]
     if dynamic_KDS is None:
         assert static_NS is not None
         whole_BUS = static_NS.expand(batch, -1, -1)
