@@ -13,27 +13,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
-from typing import Any
 
 import torch
 from torch import nn
 
 from padconvert.checkpoint.read import Checkpoint, read_checkpoint
-from padconvert.contenders import bytes_of, fully_dynamic, make_unequal_, peak_bytes
+from padconvert.contenders import FULL, OUTPUT, STATIC, Call, bytes_of, fully_dynamic, make_unequal_, peak_bytes
 from padconvert.errors import FileError, Interrupted, PadconvertError, UsageError
 from padconvert.finetune.data.sources import open_eval
 from padconvert.finetune.objectives import dtype_of
-from padconvert.layers.pad import PadLayer
+from padconvert.layer_times import layer_times, tuned_paths
 from padconvert.load.artefact import load_checkpoint
 from padconvert.load.factory import architecture_of, build_factory
 from padconvert.load.opened import Opened, open_input
 from padconvert.options import ConvertOptions
-from padconvert.paired import QUICK, THOROUGH, Effort, Paired, Spread, measure
+from padconvert.paired import QUICK, THOROUGH, Effort, Paired, measure
 from padconvert.policy import Policy
 from padconvert.progress import Progress, Silent
 from padconvert.results import Bench, BenchBatch, BenchLayer, Machine, Timed
-from padconvert.rewrite import pad_layers
 from padconvert.surroundings import usable
 from padconvert.task import label_numbers, tokenizer_for
 from padconvert.verify import spec_of
@@ -42,8 +39,6 @@ from padconvert.walk.quiet import untouched
 
 BATCH_SIZES = (1, 8, 32)
 QUICK_BATCH_SIZES = (1, 8)
-STATIC, OUTPUT, FULL = "static", "padconvert", "fully dynamic"
-Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 Inputs = Callable[[int], Call]
 
 
@@ -197,7 +192,7 @@ def _probe_inputs(checkpoint: Checkpoint, static: nn.Module, options: BenchOptio
     record = checkpoint.manifest.probe
     probe: ProbeSpec | None = None
     if options.input_shape is not None:
-        probe = find_probe(static, options.input_shape)
+        probe = find_probe(static, (1, *options.input_shape))
     elif record is not None:
         probe = spec_of(record)
     if probe is None:
@@ -255,13 +250,16 @@ def _measure_all(
         for size in options.sizes:
             progress.stage(f"batch of {size}")
             try:
-                found = _batch(networks, inputs(size), size, options.effort, device, progress)
+                given = inputs(size)
+                tuned_paths(networks[FULL], *given)
+                paths = tuned_paths(networks[OUTPUT], *given)
+                found = _batch(networks, given, size, options.effort, device, progress)
                 batches.append(found[0])
                 if not found[1]:
                     return False
                 if options.per_layer:
                     progress.stage(f"layers, batch of {size}")
-                    layers += _layers(networks, inputs(size), size, options.effort, device, progress)
+                    layers += layer_times(networks, given, size, paths, options.effort, device, progress)
             except (MemoryError, RuntimeError) as error:
                 if not _is_memory(error):
                     raise
@@ -319,73 +317,3 @@ def timed_of(found: Paired, name: str, peak: int | None = None) -> Timed:
     """One of the paired calls, beside the one that is called "static"."""
     seconds, over = found.spread(name), found.ratio(name, STATIC)
     return Timed(seconds.median, seconds.low, seconds.high, over.median, over.low, over.high, peak)
-
-
-# ---- layer by layer ----------------------------------------------------------------------------------------------
-
-
-def _layers(
-    networks: Mapping[str, nn.Module],
-    given: Call,
-    size: int,
-    effort: Effort,
-    device: torch.device,
-    progress: Progress,
-) -> list[BenchLayer]:
-    """Every converted layer at its place in the running network, where its input and the caches are what they are."""
-    names = list(pad_layers(networks[OUTPUT]))
-    times: dict[str, dict[str, list[float]]] = {name: {which: [] for which in networks} for name in names}
-    rounds = max(effort.least, effort.rounds // 3)
-    for number in range(rounds):
-        for which, network in networks.items():
-            for name, seconds in _layer_times(network, names, given, device).items():
-                times[name][which].append(seconds)
-        progress.step(number + 1, rounds)
-    output = pad_layers(networks[OUTPUT])
-    # a layer that the network does not call with these inputs has no time
-    return [_layer(name, output[name], size, each) for name, each in times.items() if all(each.values())]
-
-
-def _layer_times(network: nn.Module, names: Sequence[str], given: Call, device: torch.device) -> dict[str, float]:
-    """Seconds inside each named submodule during one call of the network, all of its calls together."""
-    started: dict[str, float] = {}
-    taken: dict[str, float] = {}
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return perf_counter()
-
-    def watch(name: str, layer: nn.Module) -> list[Any]:
-        def enter(*_: object) -> None:
-            started[name] = now()
-
-        def leave(*_: object) -> None:
-            taken[name] = taken.get(name, 0.0) + now() - started[name]
-
-        return [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
-
-    hooks = [hook for name in names for hook in watch(name, network.get_submodule(name))]
-    try:
-        call(network, *given)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return taken
-
-
-def _layer(name: str, layer: PadLayer, size: int, times: Mapping[str, Sequence[float]]) -> BenchLayer:
-    found = Paired({which: tuple(seconds) for which, seconds in times.items()})
-    medians = {which: Spread.of(seconds).median for which, seconds in times.items()}
-    return BenchLayer(
-        name=name,
-        batch_size=size,
-        kind=layer.kind.value,
-        weight_shape=layer.weight_shape,
-        granularity=layer.granularity.value,
-        seconds_static=medians[STATIC],
-        seconds_output=medians[OUTPUT],
-        seconds_fully_dynamic=medians[FULL],
-        over_static=found.ratio(OUTPUT, STATIC).median,
-        fully_dynamic_over_static=found.ratio(FULL, STATIC).median,
-    )

@@ -6,10 +6,11 @@ import copy
 import ctypes
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,10 @@ from padconvert.layers.build import build_layer
 from padconvert.layers.ffn import join_groups_
 from padconvert.layers.pad import PadLayer
 from padconvert.rewrite import names_of, pad_layers, swap_
+
+STATIC, OUTPUT, FULL = "static", "padconvert", "fully dynamic"
+#: the arguments of one call of a network
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 #: how far experts are moved apart, in units of their tensor's standard deviation
 APART = 0.1

@@ -11,6 +11,7 @@ from benchmarks import made, nets
 from benchmarks.paper import in_the_papers_form
 from benchmarks.rows import Row, Setting, Table, paired_row, run
 from padconvert.bench import synchronised
+from padconvert.layer_times import tuned_paths
 from padconvert.paired import Effort, measure
 
 EFFORT = Effort(rounds=31, least=7, seconds=8.0)
@@ -66,9 +67,10 @@ def take(shape: Shape, batch: int, given: Setting) -> Row:
     }  # fmt: skip
     x = torch.randn(batch, shape.inputs, shape.size, shape.size, dtype=given.dtype, device=given.device).relu_()
     calls = {name: synchronised(lambda layer=layer: layer(x), given.device) for name, layer in contenders.items()}  # type: ignore[misc]
+    paths = {name: tuned_paths(contenders[name], (x,), {}).get("0", "") for name in ("channel", "element")}
     with torch.no_grad():
         found = measure(calls, given.effort(EFFORT))
-    return paired_row(found, ("static", "paper"), batch=batch, **asdict(shape))
+    return paired_row(found, ("static", "paper"), batch=batch, paths=paths, **asdict(shape))
 
 
 def main(given: Setting) -> None:

@@ -12,6 +12,7 @@ from benchmarks import made, nets
 from benchmarks.paper import in_the_papers_form
 from benchmarks.rows import Row, Setting, Table, paired_row, run
 from padconvert.bench import synchronised
+from padconvert.layer_times import tuned_paths
 from padconvert.paired import Effort, measure
 
 EFFORT = Effort(rounds=21, least=5, seconds=60.0)
@@ -40,6 +41,8 @@ def contenders(name: str, pixels: int, given: Setting) -> dict[str, nn.Module]:
 def take(networks: dict[str, nn.Module], batch: int, pixels: int, given: Setting) -> Row:
     x = torch.randn(batch, 3, pixels, pixels, dtype=given.dtype, device=given.device)
     calls = {name: synchronised(lambda model=model: model(x), given.device) for name, model in networks.items()}  # type: ignore[misc]
+    for name in ("channel", "element"):
+        tuned_paths(networks[name], (x,), {})
     with torch.no_grad():
         found = measure(calls, given.effort(EFFORT))
     return paired_row(found, ("static", "paper"), batch=batch, pixels=pixels)

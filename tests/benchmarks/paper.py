@@ -36,13 +36,14 @@ class PaperConv2d(nn.Module):
         self.dynamic_scale = nn.Parameter(torch.ones((), dtype=dtype, device=mask_OI.device))
         self.static_scale = nn.Parameter(torch.ones((), dtype=dtype, device=mask_OI.device))
         self.router = copy.deepcopy(layer.router)
+        self.mixing_dtype = layer.mixing_dtype
         self.stride, self.padding, self.dilation, self.groups = (
             layer.stride, layer.padding, layer.dilation, layer.groups,
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.router is not None
-        routing_BK = self.router(x.float().flatten(2).mean(-1)).to(x.dtype)
+        routing_BK = self.router(x.to(self.mixing_dtype).flatten(2).mean(-1)).to(x.dtype)
         dynamic_KOI = self.dynamic_scale * self.mask_KOI * self.dynamic_KOI
         weight_KOI = dynamic_KOI + self.static_scale * (1 - self.mask_KOI) * self.static_OI
         batch, outputs = len(x), weight_KOI.shape[1]
