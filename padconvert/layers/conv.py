@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from padconvert.layers.autocast import without_autocast
@@ -31,6 +32,14 @@ class PadConv(PadLayer):
         self.out_channels = facts.weight_shape[0]
         self.in_channels = facts.weight_shape[1] * facts.groups
         self.kernel_size = facts.weight_shape[2:]
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """As `PadLayer`'s, at once: a small convolution at batch 1 takes little longer than a look for its weight."""
+        stored = self._parameters["weight_static"]
+        stored = self._parameters["weight_dynamic"] if stored is None else stored
+        assert stored is not None
+        return stored.dtype
 
     @property
     def router_channels(self) -> int:

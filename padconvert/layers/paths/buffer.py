@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from padconvert.layers.autocast import without_autocast
 from padconvert.layers.paths.call import convolution
 from padconvert.layers.paths.case import Case, compute_dtype
 from padconvert.layers.paths.cost import Machine, convolutions, mixing, placing
-from padconvert.layers.paths.parts import dynamic_part, memory_format, mix, mixed, place_, static_part
+from padconvert.layers.paths.parts import dynamic_part, memory_format, mixed, place_, static_part
 
 if TYPE_CHECKING:
     from padconvert.layers.conv import PadConv
@@ -35,7 +36,7 @@ def unable(case: Case) -> str:
     """Why this path cannot compute the case; empty where it can."""
     if case.gradient:
         return "autograd keeps the weights of a call, and this path overwrites them"
-    if case.compiled or not case.plain_tensor:
+    if not case.plain_tensor:
         return "a traced program cannot keep a buffer"
     return "" if case.device == "cpu" else "streams of a device would share the buffer"
 
@@ -52,15 +53,15 @@ def seconds(case: Case, machine: Machine) -> float:
 def convolve(layer: PadConv, x: Tensor) -> Tensor:
     """[B, C, *spatial] → [B, O, *spatial']."""
     routing_BK, dtype = layer.route(x), compute_dtype(x)
-    weight, x = _weight(layer, dtype), x.to(dtype)
-    biases = mixed(layer, "bias", routing_BK).to(dtype) if layer.has_bias else [None] * len(x)
-    weights = _written(layer, weight, routing_BK)
-    calls = zip(x.split(1), weights, biases, strict=True)
+    x = x.to(dtype)
+    biases = mixed(layer, "bias", routing_BK).to(dtype) if layer.has_bias else None
+    weights = written(layer, routing_BK, dtype)
     if len(x) == 1:
-        return convolution(layer, *next(calls), layer.groups)
+        return convolution(layer, x, next(weights), None if biases is None else biases[0], layer.groups)
     out: Tensor | None = None
-    for at, call in enumerate(calls):
-        one = convolution(layer, *call, layer.groups)
+    for at, weight in enumerate(weights):
+        bias = None if biases is None else biases[at]
+        one = convolution(layer, x[at : at + 1], weight, bias, layer.groups)
         if out is None:
             shape = (len(x), *one.shape[1:])
             out = torch.empty(shape, dtype=one.dtype, device=one.device, memory_format=memory_format(one))
@@ -69,36 +70,45 @@ def convolve(layer: PadConv, x: Tensor) -> Tensor:
     return out
 
 
-def _written(layer: PadConv, weight: Tensor, routing_BK: Tensor) -> Iterator[Tensor]:
-    """The buffer, once for every sample, with that sample's dynamic units in it."""
-    view, units = layer.view("weight"), layer.units("weight").dynamic
-    dynamic_KDS = dynamic_part(layer, "weight")
-    assert dynamic_KDS is not None
-    size = max(PIECE // (dynamic_KDS.element_size() * dynamic_KDS[0].numel()), 1)
-    cut_US = weight.view(view.units, view.size)
-    for piece_BK in routing_BK.split(size):
-        for mixed_DS in mix(layer, dynamic_KDS, piece_BK).to(weight.dtype):
-            place_(cut_US, mixed_DS, units)
-            yield weight
+def written(layer: PadConv, routing_BK: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The layer's buffer [*weight_shape], once for every sample, with that sample's dynamic units in it."""
+    kept = _kept(layer, dtype)
+    experts_KF = kept.experts_KF if kept.experts_KF is not None else _experts(layer)
+    size = max(PIECE // (experts_KF.element_size() * experts_KF.shape[1]), 1)
+    if layer._parameters["scale_logit"] is not None:
+        routing_BK = routing_BK * layer.scales()[1]
+    width = kept.cut_US.shape[1]
+    for piece_BK in (routing_BK,) if len(routing_BK) <= size else routing_BK.split(size):
+        with without_autocast(experts_KF):
+            mixed_BF = piece_BK.to(experts_KF.dtype) @ experts_KF
+        for mixed_DS in mixed_BF.to(dtype).view(len(piece_BK), -1, width):
+            place_(kept.cut_US, mixed_DS, kept.units)
+            yield kept.weight
 
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
     """A filled buffer and what it was filled from. `sources` share the memory of the layer's tensors, so that no other
-    tensor can come to lie at their address."""
+    tensor can come to lie at their address; `some` is a copy of a few static entries, `watched` sees them.
+
+    `experts_KF` are the layer's own dynamic values, not a copy; None where they are not in the mixing dtype.
+    """
 
     weight: Tensor
+    cut_US: Tensor
+    units: Tensor
+    experts_KF: Tensor | None
     sources: tuple[Tensor, ...]
-    versions: tuple[int, ...]
+    state: tuple[object, ...]
+    watched: Tensor | None
     some: Tensor | None
 
     def holds(self, sources: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
         """Whether the buffer still is what `sources` would fill it with."""
         return (
             self.weight.dtype == dtype
-            and self.versions == _versions(sources)
-            and all(a.data_ptr() == b.data_ptr() for a, b in zip(self.sources, sources, strict=True))
-            and (self.some is None or torch.equal(self.some, _some(sources[0])))
+            and self.state == _state(sources)
+            and (self.watched is None or self.some is None or torch.equal(self.watched, self.some))
         )
 
 
@@ -111,33 +121,53 @@ _buffers = _Buffers()
 
 
 def _sources(layer: PadLayer) -> tuple[Tensor, ...]:
-    found = (layer.weight_static, layer.scale_logit, layer.units("weight").dynamic)
+    parameters = layer._parameters  # past `__getattr__`, which takes as long as a small product
+    found = (
+        parameters["weight_static"], parameters["scale_logit"], layer._buffers["_weight_dynamic_units"],
+        parameters["weight_dynamic"],
+    )  # fmt: skip
     return tuple(each for each in found if each is not None)
 
 
-def _versions(sources: tuple[Tensor, ...]) -> tuple[int, ...]:
-    """How often each was written; tensors made under `inference_mode` do not count, and give −1."""
-    return tuple(-1 if each.is_inference() else each._version for each in sources)
+def _state(sources: tuple[Tensor, ...]) -> tuple[object, ...]:
+    """Where each lies and how often it was written; tensors made under `inference_mode` do not count that. The dynamic
+    units, the last, may be written: they are read on every call."""
+    last = len(sources) - 1
+    return tuple(
+        (each.data_ptr(), -1 if at == last or each.is_inference() else each._version) for at, each in enumerate(sources)
+    )
 
 
-def _some(static: Tensor) -> Tensor:
-    flat = static.detach().view(-1)
-    return flat[:: max(len(flat) // COMPARED, 1)]
-
-
-def _weight(layer: PadLayer, dtype: torch.dtype) -> Tensor:
-    """The layer's buffer, [*weight_shape], with its static units in place; the dynamic ones hold anything."""
+def _kept(layer: PadLayer, dtype: torch.dtype) -> _Kept:
+    """The layer's buffer with its static units in place; the dynamic ones hold anything."""
     sources, kept = _sources(layer), _buffers.kept.get(layer)
-    if kept is not None and len(kept.sources) == len(sources) and kept.holds(sources, dtype):
-        return kept.weight
+    if kept is not None and kept.holds(sources, dtype):
+        return kept
+    kept = _filled(layer, dtype, sources)
+    if not any(each.is_inference() for each in sources):
+        _buffers.kept[layer] = kept
+    return kept
+
+
+def _filled(layer: PadLayer, dtype: torch.dtype, sources: tuple[Tensor, ...]) -> _Kept:
     with torch.inference_mode(False), torch.no_grad():
-        view, static_NS = layer.view("weight"), static_part(layer, "weight")
+        view, units, static_NS = layer.view("weight"), layer.units("weight"), static_part(layer, "weight")
         weight = sources[0].new_zeros(layer.weight_shape, dtype=dtype)
+        cut_US = weight.view(view.units, view.size)
+        watched = None
         if static_NS is not None:
-            place_(weight.view(view.units, view.size), static_NS.to(dtype), layer.units("weight").static)
-    uncounted = any(each.is_inference() for each in sources)
-    if not uncounted:
-        some = None if layer.weight_static is None else _some(sources[0]).clone()
-        held = tuple(each.detach() for each in sources)
-        _buffers.kept[layer] = _Kept(weight, held, _versions(sources), some)
-    return weight
+            place_(cut_US, static_NS.to(dtype), units.static)
+            flat = sources[0].detach().view(-1)
+            watched = flat[:: max(len(flat) // COMPARED, 1)]
+        experts_KF = _experts(layer)
+        own = experts_KF.data_ptr() == sources[-1].data_ptr()
+        return _Kept(
+            weight, cut_US, units.dynamic, experts_KF if own else None, tuple(each.detach() for each in sources),
+            _state(sources), watched, None if watched is None else watched.clone(),
+        )  # fmt: skip
+
+
+def _experts(layer: PadLayer) -> Tensor:
+    dynamic_KDS = dynamic_part(layer, "weight")
+    assert dynamic_KDS is not None
+    return dynamic_KDS.detach().flatten(1)

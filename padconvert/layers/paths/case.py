@@ -109,7 +109,7 @@ def case_of(layer: PadConv, x: Tensor) -> Case:
         dtype=compute_dtype(x),
         gradient=torch.is_grad_enabled(),
         compiled=compiled,
-        plain_tensor=not compiled and type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x),
+        plain_tensor=is_plain(x),
         batch=len(x),
         spatial=tuple(x.shape[2:]),
         weight_shape=layer.weight_shape,
@@ -124,6 +124,13 @@ def case_of(layer: PadConv, x: Tensor) -> Case:
         n_dynamic=len(weight.dynamic),
         rows_apart=rows_apart(layer),
     )
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether `x` is held in memory, and no stand-in of a program that is traced or transformed."""
+    if torch.compiler.is_compiling():
+        return False
+    return type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def rows_apart(layer: PadConv) -> bool:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from padconvert.errors import UsageError
-from padconvert.layers.paths import aggregate, buffer, loop, matmul, mix, rows, rows_grouped, unfold
-from padconvert.layers.paths.case import Case, case_of
+from padconvert.layers.paths import aggregate, buffer, buffer_matmul, loop, matmul, mix, rows, rows_grouped, unfold
+from padconvert.layers.paths.case import Case, case_of, is_plain
 from padconvert.layers.paths.cost import machine_of
 
 if TYPE_CHECKING:
@@ -28,14 +28,16 @@ if TYPE_CHECKING:
 #: the paths of a convolution by name; each module has `unable`, `seconds` and `convolve`. Equal estimates: the first.
 PATHS: dict[str, ModuleType] = {
     path.__name__.rpartition(".")[2]: path
-    for path in (aggregate, buffer, loop, rows, rows_grouped, matmul, unfold, mix)
+    for path in (aggregate, buffer, buffer_matmul, loop, rows, rows_grouped, matmul, unfold, mix)
 }
 VARIABLE = "PADCONVERT_PATH"
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
-#: what was measured for a layer; a copy of the layer starts anew
-_measured: weakref.WeakKeyDictionary[PadConv, dict[Case, str]] = weakref.WeakKeyDictionary()
+#: what was chosen or measured for a layer; a copy of the layer starts anew
+_chosen: weakref.WeakKeyDictionary[PadConv, dict[tuple[object, ...], str]] = weakref.WeakKeyDictionary()
+#: so many shapes of a layer's inputs are remembered; others are estimated anew
+REMEMBERED = 512
 
 
 def choose(layer: PadConv, x: Tensor) -> str:
@@ -46,12 +48,33 @@ def choose(layer: PadConv, x: Tensor) -> str:
     """
     if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
         return "mix"  # every other path fixes the batch size
-    case = case_of(layer, x)
     forced = os.environ.get(VARIABLE)
     if forced:
-        return _forced(forced, case)
-    found = _measured.get(layer)
-    return found[case] if found and case in found else best(case)
+        return _forced(forced, case_of(layer, x))
+    if not is_plain(x):
+        return best(case_of(layer, x))
+    names, key = _chosen.get(layer), _key(layer, x)
+    if names is None:
+        with _lock:
+            names = _chosen.setdefault(layer, {})
+    name = names.get(key)
+    if name is None:
+        name = best(case_of(layer, x))
+        if len(names) < REMEMBERED:
+            names[key] = name
+    return name
+
+
+def _key(layer: PadConv, x: Tensor) -> tuple[object, ...]:
+    """What tells the cases of one layer apart: a shorter `Case`, made for every call."""
+    parameters, device = layer._parameters, x.device.type
+    weight, bias = parameters["weight_dynamic"], parameters["bias_dynamic"]
+    return (
+        x.shape, x.dtype, device, torch.is_grad_enabled(),
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+        None if weight is None else weight.shape, None if bias is None else bias.shape,
+        layer.stride, layer.padding, layer.dilation,
+    )  # fmt: skip
 
 
 def able(case: Case) -> dict[str, str]:
@@ -78,16 +101,16 @@ def promising(case: Case, factor: float) -> list[str]:
     return [name for name, estimate in seconds.items() if estimate <= factor * seconds[best(case)]]
 
 
-def keep(layer: PadConv, case: Case, name: str) -> None:
-    """From now on calls of `layer` that are this case take the path `name`."""
+def keep(layer: PadConv, x: Tensor, name: str) -> None:
+    """From now on calls of `layer` on inputs like `x` take the path `name`."""
     with _lock:
-        _measured.setdefault(layer, {})[case] = name
+        _chosen.setdefault(layer, {})[_key(layer, x)] = name
 
 
 def forget(layer: PadConv) -> None:
     """Go back to the estimates."""
     with _lock:
-        _measured.pop(layer, None)
+        _chosen.pop(layer, None)
 
 
 def _forced(name: str, case: Case) -> str:

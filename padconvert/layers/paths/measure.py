@@ -70,7 +70,7 @@ def _timing(name: str, found: dict[str, str]) -> Callable[[nn.Module, tuple[Tens
             return
         case = case_of(layer, x)
         if not case.gradient and not case.compiled:
-            chooser.keep(layer, case, fastest(layer, x, case))
+            chooser.keep(layer, x, fastest(layer, x, case))
         found[name] = chooser.choose(layer, x)
 
     return before

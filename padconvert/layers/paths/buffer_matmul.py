@@ -1,0 +1,54 @@
+"""Buffer and matmul: inference only. A 1x1 convolution is one matrix product a sample, by the kept weight of `buffer`,
+written straight into its place of the output."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from padconvert.layers.paths import buffer
+from padconvert.layers.paths.case import Case, compute_dtype
+from padconvert.layers.paths.cost import Machine, allocated, mixing
+from padconvert.layers.paths.parts import memory_format, mixed
+
+if TYPE_CHECKING:
+    from padconvert.layers.conv import PadConv
+
+
+def unable(case: Case) -> str:
+    """Why this path cannot compute the case; empty where it can."""
+    if not case.pointwise or any(step > 1 for step in case.stride):
+        return "only for 1x1 convolutions without padding, stride and groups"
+    return buffer.unable(case)
+
+
+def seconds(case: Case, machine: Machine) -> float:
+    return (
+        mixing(case, machine)
+        + case.batch * case.dynamic_entries * (machine.copy if case.by_row else machine.scatter)
+        + case.batch * (case.macs * machine.product + case.entries * machine.reorder / 2 + machine.call / 2)
+        + allocated(case.batch * case.outputs, machine)
+    )
+
+
+def convolve(layer: PadConv, x: Tensor) -> Tensor:
+    """[B, C, *spatial] → [B, O, *spatial]."""
+    routing_BK, dtype = layer.route(x), compute_dtype(x)
+    x, last = x.to(dtype), memory_format(x) is not torch.contiguous_format
+    shape, outputs = x.shape, layer.weight_shape[0]
+    maps_BIP = x.movedim(1, -1).flatten(1, -2).transpose(1, 2) if last else x.flatten(2)
+    out_BOP = x.new_empty(len(x), maps_BIP.shape[2], outputs).transpose(1, 2) if last else None
+    if out_BOP is None:
+        out_BOP = x.new_empty(len(x), outputs, maps_BIP.shape[2])
+    weights = buffer.written(layer, routing_BK, dtype)
+    for in_IP, out_OP, weight in zip(maps_BIP.unbind(), out_BOP.unbind(), weights, strict=True):
+        if last:
+            torch.mm(in_IP.t(), weight.view(outputs, -1).t(), out=out_OP.t())
+        else:
+            torch.mm(weight.view(outputs, -1), in_IP, out=out_OP)
+    if layer.has_bias:
+        out_BOP += mixed(layer, "bias", routing_BK).to(dtype)[..., None]
+    out: Tensor = out_BOP.unflatten(2, shape[2:])
+    return out
