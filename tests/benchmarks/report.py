@@ -32,7 +32,19 @@ QUICK=1` takes a few rows in some minutes and prints them.
   rebuilt from its equations (`tests/benchmarks/paper.py`): dense masks over all kernels multiplied in every call, all
   kernels summed to one weight a sample, one grouped convolution with a group for every sample. It computes the same
   values, which a test holds.
-* Of your own artefact, `padconvert bench ARTEFACT --against SOURCE` says the same on your machine.
+
+## Your own artefact
+
+    padconvert bench ARTEFACT --against SOURCE [--batch-size N]... [--threads N] [--layers] [--quick] [--json]
+
+times the artefact, the source that it was made from (its sha256 is checked), and the fully dynamic network: the same
+plan with κ = 1, built from the artefact. Inputs are those that the artefact was probed with when it was made;
+`--input-shape 1,3,224,224` or `--data` name others. Each convolution first measures which path is its fastest there.
+`--layers` lists every converted layer at its place in the running network, with the path that it took. A Ctrl-C shows
+what was measured until then (exit code 130). With `--json`, schema `padconvert.bench/1`: `machine`, `dtype`, `inputs`;
+`batches` of `batch_size`, `rounds`, and for `static`, `output` and `fully_dynamic` each `seconds` and `over_static`
+(medians; `_low` and `_high` are quartiles) and `peak_bytes` (memory of one call above what was held before; null where
+the system does not say); `layers`; `bytes_…` of each network's tensors; `notes`; `complete`.
 """
 
 
