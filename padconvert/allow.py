@@ -59,6 +59,23 @@ FUNCTIONS = frozenset(
     + [f"torch._C._nn.{name}" for name in _NATIVE.split()]
 )
 
+# Nobody's models lie in these: Python's own, the script that runs, and what padconvert is made of and installed with.
+# Their functions would do anything to please whoever wrote a file (`padconvert.__main__:main` reads any command line),
+# so no --trust lets a file call them. Their classes that are layers are on the lists above.
+_INSTALLED = """
+    PIL __main__ _distutils_hack _multiprocess _pytest _xxhash _yaml accelerate annotated_doc annotated_types anyio
+    attr attrs certifi charset_normalizer click cloudpickle contourpy cycler datasets dateutil dill execnet filelock
+    flatbuffers fontTools fsspec functorch google h11 h2 hf_xet httpcore httpcore2 httpx httpx2 huggingface_hub
+    hypothesis idna iniconfig isympy jinja2 joblib kiwisolver markdown_it markupsafe matplotlib mdurl ml_dtypes
+    mpl_toolkits mpmath multiprocess mypy mypy_extensions mypyc narwhals networkx numpy nvidia onnx onnx_ir onnxruntime
+    onnxscript packaging padconvert pandas pathspec pip pkg_resources pkgutil_resolve_name platformdirs pluggy psutil
+    py pyarrow pydantic pydantic_core pygments pylab pyparsing pytest pytest_timeout pytz regex requests rich ruff
+    safetensors scipy setuptools shellingham six sklearn sniffio sortedcontainers sympy threadpoolctl tokenizers torch
+    torchgen tqdm transformers triton truststore typer typing_extensions typing_inspection tzdata urllib3 uv
+    virtualenv wheel xdist xxhash yaml
+"""
+NO_MODELS = frozenset([*sys.stdlib_module_names, *_INSTALLED.split()])
+
 # They only say on which devices the network inside them runs: it is taken out, and they are never built.
 WRAPPERS = frozenset({"torch.nn.parallel.data_parallel.DataParallel"})
 
@@ -116,9 +133,17 @@ def inside(module: str, packages: tuple[str, ...] | frozenset[str]) -> bool:
     return any(module == package or module.startswith(package + ".") for package in packages)
 
 
+def may_be_trusted(package: str) -> bool:
+    """Whether `--trust` takes a package, or that of a `package.module:function`; a command line's own module
+    (`__main__`) never is one of models."""
+    parts = package.partition(":")[0].split(".")
+    return all(part.isidentifier() for part in parts) and parts[0] not in NO_MODELS and "__main__" not in parts
+
+
 def class_allowed(module: str, name: str, trust: tuple[str, ...] = ()) -> bool:
     """Whether a class of this name may be rebuilt from a file, as far as its name tells."""
-    if f"{module}.{name}" in DENIED_CLASSES or "__" in name:
+    full = f"{module}.{name}"
+    if full in DENIED_CLASSES or "__" in name or not all(part.isidentifier() for part in full.split(".")):
         return False
     if module == "__main__" or module.split(".")[0] in sys.stdlib_module_names:
         return False
@@ -141,4 +166,6 @@ def hint(module: str, name: str) -> str:
         return "no flag allows it. Save the state dict and name a factory with --arch"
     if top == "torch":
         return "no flag is meant for torch's own inner code. Save the state dict and name a factory with --arch"
+    if not may_be_trusted(module) or not all(part.isidentifier() for part in name.split(".")):
+        return "no flag allows it. Save the state dict and name a factory with --arch"
     return f"if you trust the package, add --trust {top}; or save the state dict and name a factory with --arch"

@@ -197,7 +197,9 @@ def _plan(
 def _check_trains(route: Route, options: ConvertOptions, why_not: str | None) -> None:
     """Raises UsageError for an option that only training can obey where nothing is trained."""
     flags = ("compare", "eval_data", "steps", "batch_size", "lr", "max_accuracy_drop")
-    asked = ["--" + flag.replace("_", "-") for flag in flags if getattr(options, flag) not in (None, False, ())]
+    # by identity: a bound of 0 is one, though it equals False
+    given = [flag for flag in flags if not any(getattr(options, flag) is no for no in (None, False, ()))]
+    asked = ["--" + flag.replace("_", "-") for flag in given]
     if route == "data-free" and asked:
         raise UsageError(f"{asked[0]}: nothing is trained in this run. {why_not or 'Name training data with --data.'}")
 

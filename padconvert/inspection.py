@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from padconvert.account import idle_numbers, layer_results, planned_totals
-from padconvert.checkpoint.header import Header, read_header
+from padconvert.checkpoint.header import Header, open_regular, read_header
 from padconvert.checkpoint.layout import all_expected
 from padconvert.checkpoint.manifest import LayerEntry, Manifest
 from padconvert.checkpoint.read import is_artefact, read_checkpoint
@@ -123,7 +123,7 @@ def _header(path: Path) -> Header | None:
     """The header of a safetensors file; None for a file of another kind."""
     if path.is_dir():
         return None
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(9)
     return read_header(path) if start[8:] == b"{" else None
 

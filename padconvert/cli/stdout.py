@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from padconvert.errors import FileError
+from padconvert.errors import FileError, printable
 
 
 @contextmanager
@@ -23,9 +23,10 @@ def named() -> Iterator[None]:
 
 
 def write(text: str) -> None:
-    """`text` on the standard output, now. Raises FileError where it cannot be written to."""
+    """`text` on the standard output, now; what is not printable in it is escaped, so that JSON stays the same document.
+    Raises FileError where it cannot be written to."""
     with named():
-        sys.stdout.write(text)
+        sys.stdout.write(printable(text, "\n\t"))
         sys.stdout.flush()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from padconvert.allow import may_be_trusted
 from padconvert.checkpoint.header import read_header
 from padconvert.checkpoint.read import read_checkpoint
 from padconvert.errors import FileError, UnsafeError, UsageError
@@ -24,7 +25,7 @@ from padconvert.load.exported import load_exported
 from padconvert.load.exported_lift import ExportedModule, build_exported
 from padconvert.load.exported_program import unpacked
 from padconvert.load.factory import architecture_of, build_factory, check_factory_trusted, put_tensors_, without_prefix
-from padconvert.load.names import check_trust, may_be_trusted
+from padconvert.load.names import check_trust
 from padconvert.load.pickled_file import Loaded, load_pickled, network_bytes
 from padconvert.load.safetensors_file import load_safetensors
 from padconvert.load.skeleton import module_from as module_from
@@ -55,7 +56,8 @@ def open_source(
     architecture = architecture_of(arch, arch_args or {}) if arch else None
     if arch and not may_be_trusted(arch):
         raise UsageError(
-            f"--arch {arch}: lies in Python, torch or the script that runs, by which no artefact may name its network. "
+            f"--arch {arch}: lies in no package of models (Python's own, torch, what padconvert is made of, the script "
+            "that runs), and no artefact may name its network so. "
             "Write a function that calls it into a file of your own, and name that one: --arch mynets:make."
         )
     if arch_args and not arch:

@@ -7,6 +7,7 @@ import zipfile
 from enum import StrEnum
 from pathlib import Path
 
+from padconvert.checkpoint.header import open_regular
 from padconvert.checkpoint.read import is_artefact
 from padconvert.errors import FileError
 from padconvert.load.directory_files import CONFIG, not_a_directory
@@ -43,7 +44,7 @@ def detect(path: str | os.PathLike[str]) -> InputKind:
     if place.is_dir():
         return _detect_folder(place)
     try:
-        with place.open("rb") as file:
+        with open_regular(place) as file:
             head = file.read(_HEAD)
     except OSError as error:
         raise FileError(f"{place}: cannot be read ({error.strerror or error}). Check the path.") from error

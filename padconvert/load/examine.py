@@ -10,9 +10,9 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from padconvert.allow import FUNCTIONS, TYPES, WRAPPERS, class_allowed, hint, inside, unread
-from padconvert.checkpoint.header import read_header
-from padconvert.errors import FileError, UnsafeError, UsageError
+from padconvert.allow import FUNCTIONS, TYPES, WRAPPERS, class_allowed, hint, inside, may_be_trusted, unread
+from padconvert.checkpoint.header import open_regular, read_header
+from padconvert.errors import FileError, UnsafeError
 from padconvert.load.audit import Audit, audit
 from padconvert.load.names import check_trust
 from padconvert.load.reductions import DATA_NAMES
@@ -50,11 +50,7 @@ def _verdict(found: Audit) -> tuple[str, tuple[str, ...]]:
 def _liftable(name: str) -> bool:
     """Whether --trust of its package would allow the name."""
     module, _, last = name.rpartition(".")
-    top = module.split(".")[0]
-    try:
-        return class_allowed(module, last, check_trust((top,)))
-    except UsageError:
-        return False
+    return may_be_trusted(module) and class_allowed(module, last, (module.split(".")[0],))
 
 
 def _name(name: str, found: Audit, trust: tuple[str, ...]) -> AuditedName:
@@ -90,12 +86,13 @@ def _members(path: Path) -> tuple[int, tuple[Member, ...]]:
             files = sorted(file for file in path.iterdir() if file.is_file())
             members = tuple(Member(file.name, file.stat().st_size) for file in files)
             return sum(member.bytes for member in members), members
-        size = path.stat().st_size
+        with open_regular(path):  # a pipe or a device is never read from, nor waited for
+            size = path.stat().st_size
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 return size, tuple(Member(info.filename, info.file_size) for info in archive.infolist())
         return size, tuple(Member(name, slot.nbytes) for name, slot in read_header(path).tensors.items())
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
         return (path.stat().st_size if path.is_file() else 0), ()
-    except FileError:  # no safetensors file, or a damaged one: the verdict says so
-        return size, ()
+    except FileError:  # no safetensors file, a damaged one or no regular file: the verdict says so
+        return (path.stat().st_size if path.is_file() else 0), ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -12,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from padconvert.allow import inside
+from padconvert.allow import inside, may_be_trusted
 from padconvert.errors import FileError, UnsafeError, UsageError
-from padconvert.load.names import join_working_directory, may_be_trusted
+from padconvert.load.names import join_working_directory
 
 _SEED = 0
 _SHOWN = 4
@@ -50,7 +51,9 @@ def build_factory(architecture: Mapping[str, Any]) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
             module = factory(**args)
-    except (Exception, SystemExit) as error:  # a script's sys.exit() must not end this run as if all were done
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a script's sys.exit() must not end this run as if all were done
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UsageError(f"--arch {ref}: the factory raised {reason}. {_signature(factory)}") from error
     finally:
@@ -61,11 +64,15 @@ def build_factory(architecture: Mapping[str, Any]) -> nn.Module:
 
 
 def _imported(ref: str) -> Any:
+    """The function or class. It lies in the package it is named by: what a module of it has imported from elsewhere
+    (`mynets:os.system`) is not the user's, though `--trust mynets` is."""
     module, _, name = ref.partition(":")
     join_working_directory()
     try:
         found: Any = importlib.import_module(module)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         missing = isinstance(error, ModuleNotFoundError) and module.startswith(str(error.name))
         what = (
             "no such module; is it in this folder, or installed?"
@@ -77,9 +84,22 @@ def _imported(ref: str) -> Any:
         if not hasattr(found, part):
             raise UsageError(f"--arch {ref}: '{module}' has no '{name}'.{_meant(found, part)}")
         found = getattr(found, part)
+        if not _is_of(found, module.partition(".")[0]):
+            raise UsageError(
+                f"--arch {ref}: '{part}' comes from another package than '{module}'. Write a function that calls it "
+                "into that file, and name the function."
+            )
     if not callable(found):
         raise UsageError(f"--arch {ref}: a {type(found).__name__}, which cannot be called. Name a function or class.")
     return found
+
+
+def _is_of(found: Any, package: str) -> bool:
+    """Whether a thing that a module holds is defined in this package; a partial is defined where it is held."""
+    if isinstance(found, functools.partial):
+        return True
+    home = getattr(found, "__module__", None)
+    return not inspect.ismodule(found) and isinstance(home, str) and home.partition(".")[0] == package
 
 
 def _meant(owner: Any, name: str) -> str:
@@ -200,7 +220,7 @@ def check_factory_trusted(architecture: Mapping[str, Any], trust: tuple[str, ...
     """Raises UnsafeError unless the caller trusts the package that the factory lies in."""
     ref = str(architecture.get("ref"))
     module, _, function = ref.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), *function.split("."))):
+    if "__" in function or not all(part.isidentifier() for part in (*module.split("."), *function.split("."))):
         raise FileError(f"its factory is recorded as {ref[:80]!r}, which is no function's name. The file is damaged.")
     if not may_be_trusted(module):
         raise UnsafeError(

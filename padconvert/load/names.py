@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from padconvert.allow import FUNCTIONS, TYPES, WRAPPERS, class_allowed, hint, inside, unread
+from padconvert.allow import FUNCTIONS, TYPES, WRAPPERS, class_allowed, hint, inside, may_be_trusted, unread
 from padconvert.errors import FileError, UnsafeError, UsageError
 from padconvert.load.nodes import NameNode
 from padconvert.load.reductions import DATA_NAMES
@@ -26,12 +26,6 @@ def check_trust(trust: Sequence[str]) -> tuple[str, ...]:
         if not may_be_trusted(package):
             raise UsageError(f"--trust {package}: not a package of models. Name the package that holds the classes.")
     return tuple(trust)
-
-
-def may_be_trusted(package: str) -> bool:
-    """Whether `--trust` takes a package, or that of a `package.module:function`. Python's own, torch and the script
-    that runs are never packages of models."""
-    return package.partition(":")[0].split(".")[0] not in {*sys.stdlib_module_names, "__main__", "torch"}
 
 
 def acceptable(name: NameNode, trust: tuple[str, ...]) -> bool:

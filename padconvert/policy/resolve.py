@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from padconvert.errors import PadconvertError, PolicyError, UsageError
+from padconvert.errors import PadconvertError, PolicyError, UsageError, printable
 from padconvert.policy.check import check, did_you_mean, origin_of
 from padconvert.policy.document import (
     Document,
@@ -145,8 +145,8 @@ def _error(problems: list[Problem]) -> PadconvertError:
     unique = list(dict.fromkeys(str(problem) for problem in _in_order(problems) if problem in first.values()))
     kind = UsageError if all(problem.origin.is_option for problem in problems) else PolicyError
     if len(unique) == 1:
-        return kind(unique[0])
-    return kind("\n  ".join([f"{len(unique)} problems in the policy:", *unique]))
+        return kind(printable(unique[0]))
+    return kind("\n  ".join([f"{len(unique)} problems in the policy:", *map(printable, unique)]))
 
 
 def _in_order(problems: list[Problem]) -> list[Problem]:

@@ -9,6 +9,7 @@ from padconvert.gates import said as gate_said
 from padconvert.report import numbers, terminal
 from padconvert.report.charts import charts
 from padconvert.report.layers_table import experts_said, has_units
+from padconvert.report.plain import plain
 from padconvert.report.routers import legend, mark
 from padconvert.report.rows import Row, layer_rows
 from padconvert.results import Conversion, LayerResult, Metrics, RouterUse
@@ -30,6 +31,7 @@ svg { max-width: 100%; height: auto; display: block; }
 
 def page(result: Conversion) -> str:
     """The report of a conversion as an HTML document. Without matplotlib it has no charts, and says so."""
+    result = plain(result)
     body = [_head(result), _cost(result), _charts(result), _receipts(result)]
     body += [_routers(result.routers)] if result.routers else []
     body.append(_layers(result.layers))

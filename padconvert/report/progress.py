@@ -16,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from padconvert.errors import printable
 from padconvert.progress import Progress as ProgressProtocol
 from padconvert.progress import Silent
 
@@ -59,4 +60,4 @@ class Bar:
         self._live.update(self._task, completed=done, total=total, numbers=said)
 
     def note(self, text: str) -> None:
-        self._live.console.print(text, style="dim", markup=False, highlight=False)
+        self._live.console.print(printable(text), style="dim", markup=False, highlight=False)

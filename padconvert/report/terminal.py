@@ -11,6 +11,7 @@ from rich.text import Text
 from padconvert.gates import said as gate_said
 from padconvert.report import bench, numbers
 from padconvert.report.layers_table import layers_table
+from padconvert.report.plain import plain
 from padconvert.report.routers import legend, routers_table
 from padconvert.results import (
     Audited,
@@ -45,7 +46,7 @@ def console() -> Console:
 
 def show(result: Result, target: Console | None = None) -> None:
     """Print the report of `result`."""
-    target = target or console()
+    target, result = target or console(), plain(result)
     match result:
         case Conversion():
             blocks = _conversion(result)
