@@ -61,7 +61,7 @@ def _dynamic_entries(entry: LayerPlan, model: nn.Module | None) -> int | None:
         return None
     if model is not None:
         layer = model.get_submodule(entry.info.name)
-        return len(layer.units("weight").dynamic) * layer.view("weight").size if isinstance(layer, PadLayer) else 0
+        return layer.count_dynamic("weight") * layer.view("weight").size if isinstance(layer, PadLayer) else 0
     size = math.prod(entry.info.weight_shape) // max(entry.n_units, 1)
     return None if entry.n_dynamic is None else entry.n_dynamic * size
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from padconvert.fold import fold_
 from padconvert.gates import accuracy_gate, hold, layers_gate, memory_gate, missed, size_gate, strict_gate
 from padconvert.load import least_memory
 from padconvert.load.opened import Opened, open_input
-from padconvert.neighbours import train_
+from padconvert.neighbours import Trained, train_
 from padconvert.options import ConvertOptions
 from padconvert.plan import Plan, Route, check_plan_fits, check_plan_terms, make_plan, plan_to_json, read_plan
 from padconvert.plan.cost import cost_of
@@ -31,9 +32,10 @@ from padconvert.precision import restore_dtypes_
 from padconvert.progress import Progress, Silent
 from padconvert.results import Comparison, Conversion, Equality, Gate, OutputFile, SourceFile
 from padconvert.seal import Seal, becomes_folder
+from padconvert.stream import Stream, stream
 from padconvert.surroundings import Clock, resumable, settled
 from padconvert.task import open_task
-from padconvert.verify import calls_on, equality, runs
+from padconvert.verify import Call, calls_on, equality, runs
 from padconvert.walk import walk
 from padconvert.walk.info import Walk
 from padconvert.walk.probe import ProbeSpec, find_probe, probe_of_batch
@@ -67,41 +69,92 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
         if options.dry_run:
             return _dry_run(opened, plan, walked, resolved, options, clock, gates)
 
-        progress.stage("rewrite")
-        model = opened.dynamic_copy(plan)
-        seen = [] if data is None else calls_on(data.eval or data.train, opened.module)
-        equal = equality(opened.module, model, probe, seen)
-        if not equal.passed:
-            raise VerificationError(_unequal(equal))
-        clock.lap("rewrite")
-
-        trained = train_(opened, model, plan, data, options, device, progress)
-        gates = hold((*gates, *_measured_gates(trained.comparison, options)))
-        clock.lap("train")
+        make = _streamed if plan.route == "data-free" or data is None else _fine_tuned
+        made = make(opened, plan, probe, data, options, device, progress, clock)
+        gates = hold((*gates, *_measured_gates(made.trained.comparison, options)))
 
         progress.stage("write")
-        fold_(model)
-        restore_dtypes_(model, opened.module)
-        said = card_lines(trained.comparison, trained.routers, plan.policy.data.task)
-        written = Seal(opened, plan, probe, options, gates, said).write(model, output)
+        said = card_lines(made.trained.comparison, made.trained.routers, plan.policy.data.task)
+        written = Seal(opened, plan, probe, options, gates, made.stream, said).write(made.model, output)
         clock.lap("write")
     return Conversion(
         source=SourceFile(str(source), opened.kind, opened.bytes, opened.sha256),
         output=OutputFile(str(output), written.bytes, written.sha256),
-        totals=file_totals(plan, read_checkpoint(output), model, opened.sizes, opened.bytes),
-        layers=layer_results(plan, model),
-        equality=equal,
-        metrics=trained.comparison,
+        totals=file_totals(plan, read_checkpoint(output), made.model, opened.sizes, opened.bytes),
+        layers=layer_results(plan, made.model),
+        equality=made.equality,
+        metrics=made.trained.comparison,
         route=plan.route,
         seed=options.seed,
         timing=clock.laps,
-        warnings=(*why_not, *collapse_warnings(trained.routers)),
+        warnings=(*why_not, *collapse_warnings(made.trained.routers)),
         notes=_notes(opened, resolved, plan, walked, data),
         plan_file=_name(options.plan_out),
-        history=tuple(trained.history),
-        routers=trained.routers,
+        history=tuple(made.trained.history),
+        routers=made.trained.routers,
         gates=(*gates, *size_gate(written.bytes, options.max_size)),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """The output's network, ready to be written. Streamed, it is held against the source as it is written."""
+
+    model: nn.Module
+    trained: Trained
+    checked: Equality | None = None
+    stream: Stream | None = None
+
+    @property
+    def equality(self) -> Equality | None:
+        return self.checked if self.stream is None else self.stream.equal
+
+
+def _streamed(
+    opened: Opened,
+    plan: Plan,
+    probe: ProbeSpec | None,
+    data: Data | None,
+    options: ConvertOptions,
+    device: torch.device,
+    progress: Progress,
+    clock: Clock,
+) -> _Made:
+    del options, device
+    progress.stage("rewrite")
+    streamed = stream(opened, plan, probe, _seen(opened, data))
+    clock.lap("rewrite")
+    return _Made(streamed.model, Trained(), stream=streamed)
+
+
+def _fine_tuned(
+    opened: Opened,
+    plan: Plan,
+    probe: ProbeSpec | None,
+    data: Data | None,
+    options: ConvertOptions,
+    device: torch.device,
+    progress: Progress,
+    clock: Clock,
+) -> _Made:
+    assert data is not None, "something is trained"
+    progress.stage("rewrite")
+    model = opened.dynamic_copy(plan)
+    equal = equality(opened.module, model, probe, _seen(opened, data))
+    if not equal.passed:
+        raise VerificationError(_unequal(equal))
+    clock.lap("rewrite")
+
+    trained = train_(opened, model, plan, data, options, device, progress)
+    fold_(model)
+    restore_dtypes_(model, opened.module)
+    clock.lap("train")
+    return _Made(model, trained, equal)
+
+
+def _seen(opened: Opened, data: Data | None) -> list[Call]:
+    """Examples to hold the first promise on."""
+    return [] if data is None else calls_on(data.eval or data.train, opened.module)
 
 
 def default_output(source: Path) -> Path:

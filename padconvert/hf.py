@@ -16,7 +16,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -250,4 +250,4 @@ def _surveyed(model: Any, manifest: Manifest) -> tuple[Manifest, dict[str, Spec]
     specs, made = survey(
         tensors, dataclasses.replace(manifest, padconvert=padconvert.__version__, layers=entries, aliases=aliases)
     )
-    return made, specs, tensors
+    return made, specs, cast(dict[str, Tensor], tensors)

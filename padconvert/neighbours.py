@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,8 +32,8 @@ from padconvert.rewrite import pad_layers
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    comparison: Comparison | None
-    history: list[dict[str, float]]
+    comparison: Comparison | None = None
+    history: Sequence[dict[str, float]] = ()
     routers: tuple[RouterUse, ...] = ()
 
 
@@ -40,16 +41,12 @@ def train_(
     opened: Opened,
     model: nn.Module,
     plan: Plan,
-    data: Data | None,
+    data: Data,
     options: ConvertOptions,
     device: torch.device,
     progress: Progress,
 ) -> Trained:
-    """Partition `model` in place: after training with data, at once without."""
-    if plan.route == "data-free" or data is None:
-        if plan.converted:
-            Partitioner(model, plan).round_(1, [])
-        return Trained(None, [])
+    """Train `model` and partition it in place."""
     source = upcast_(copy.deepcopy(opened.module))
     work_dir = _work_dir(opened, plan, data, options)
     trainer = Trainer.of(plan.policy, data, source, options.seed, device, progress, work_dir)

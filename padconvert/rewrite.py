@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import cast
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from padconvert.errors import PolicyError
-from padconvert.layers.build import Static, is_transposed, upcycle, weight_of
+from padconvert.layers.build import Static, build_layer, facts_of_static, is_transposed, upcycle, weight_of
 from padconvert.layers.ffn import join_groups_
 from padconvert.layers.pad import PadLayer
+from padconvert.layers.routers import router_class
 from padconvert.plan import LayerPlan, Plan
 from padconvert.words import Place, Verdict
 
@@ -48,8 +51,7 @@ def _replacement(model: nn.Module, entry: LayerPlan, seed: int, index: int) -> P
         top_k=choice.top_k,
         group=choice.group,
         place=entry.info.place if choice.group else Place.ALONE,
-        # a layer's router depends on its place alone, not on which other layers are converted
-        generator=torch.Generator().manual_seed(seed * 1_000_003 + index),
+        generator=router_generator(seed, index),
     )
 
 
@@ -68,6 +70,49 @@ def _planned_layer(model: nn.Module, entry: LayerPlan) -> Static:
             f"layer '{name}': the model has {what}; make a plan of this model with padconvert.plan(model)."
         )
     return cast(Static, found)
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy with parameters of its own on the same memory, so that it needs hardly any."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter:
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+def empty_layer(model: nn.Module, entry: LayerPlan, seed: int, index: int) -> PadLayer:
+    """What upcycling, partition and folding make of a layer, without its values: they are on the meta device, and its
+    router is set without data. The plan must say how many units stay dynamic."""
+    assert entry.n_dynamic is not None
+    assert entry.n_bias_dynamic is not None
+    choice = entry.choice
+    assert choice is not None
+    facts = facts_of_static(
+        _planned_layer(model, entry),
+        num_experts=choice.num_experts,
+        granularity=choice.granularity,
+        router=choice.router,
+        routing=choice.routing,
+        top_k=choice.top_k,
+        group=choice.group,
+        place=entry.info.place if choice.group else Place.ALONE,
+    )
+    empty = build_layer(replace(facts, n_dynamic=entry.n_dynamic, n_bias_dynamic=entry.n_bias_dynamic), "meta")
+    for part in empty.parts:
+        dynamic = getattr(empty, f"{part}_dynamic")
+        if dynamic is not None:
+            empty.register_parameter(f"{part}_dynamic", nn.Parameter(dynamic.detach()[:1].expand(dynamic.shape)))
+    if facts.has_router:
+        empty.router = router_class(facts.router)(empty.router_channels, facts.num_experts, facts.top_k)
+        empty.router.initialise_(None, router_generator(seed, index))
+        empty.router.fold_()
+    return empty
+
+
+def router_generator(seed: int, index: int) -> torch.Generator:
+    # a layer's router depends on its place alone, not on which other layers are converted
+    return torch.Generator().manual_seed(seed * 1_000_003 + index)
 
 
 def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:

@@ -24,6 +24,8 @@ from padconvert.load.opened import Opened
 from padconvert.options import ConvertOptions
 from padconvert.plan import Plan
 from padconvert.results import Gate
+from padconvert.rewrite import sharing_copy
+from padconvert.stream import Stream
 from padconvert.verify import probe_check, runs
 from padconvert.walk.probe import ProbeSpec
 
@@ -49,6 +51,7 @@ class Seal:
     probe: ProbeSpec | None
     options: ConvertOptions
     gates: tuple[Gate, ...] = ()  # those that are decided already
+    stream: Stream | None = None  # what the model does not hold itself
     said: tuple[str, ...] = ()  # lines for a directory's model card: what was measured
 
     def write(self, model: nn.Module, output: Path) -> WrittenFile:
@@ -66,7 +69,8 @@ class Seal:
             ),
             "policy": self.plan.policy.model_dump(mode="json"),
             "trained": trained,
-            "probe": self.probe if self.probe is not None and runs(model, self.probe) else None,
+            "probe": self._probe(model),
+            "packed": None if self.stream is None else self.stream.packed,
             "max_shard_size": self.options.max_shard_size,
             "force": self.options.force,
             "check": lambda path: self._check_back(path, model),
@@ -76,12 +80,21 @@ class Seal:
         extra = self.opened.extra_tensors
         return save_model(model.eval(), output, extra_tensors=extra, source=self.opened.path, **common)
 
+    def _probe(self, model: nn.Module) -> ProbeSpec | None:
+        """The probe, where the model can be called with it."""
+        if self.stream is not None:
+            return self.probe if self.stream.packed.outputs else None
+        return self.probe if self.probe is not None and runs(model, self.probe) else None
+
     def _check_back(self, path: Path, model: nn.Module) -> None:
         """Hold the bytes against the plan, load them as a user would and hold the outputs against the record."""
         size = path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in files_in(path))
         hold((*self.gates, *size_gate(size, self.options.max_size)))
         checkpoint = read_checkpoint(path)
         file_totals(self.plan, checkpoint, model, self.opened.sizes, self.opened.bytes)
+        if self.stream is not None:
+            self.stream.check_back(checkpoint, self._loaded(checkpoint, mapped=True))
+            return
         check = probe_check(checkpoint, self._loaded(checkpoint))
         if not check.passed:
             raise VerificationError(
@@ -89,10 +102,11 @@ class Seal:
                 f"{check.limit} is allowed. Nothing was written; please report it."
             )
 
-    def _loaded(self, checkpoint: Checkpoint) -> nn.Module:
+    def _loaded(self, checkpoint: Checkpoint, *, mapped: bool = False) -> nn.Module:
         architecture = self.opened.architecture
         if architecture["kind"] == "none":
-            return load_checkpoint(checkpoint, into=copy.deepcopy(self.opened.static).cpu())
+            into = sharing_copy(self.opened.static) if mapped else copy.deepcopy(self.opened.static)
+            return load_checkpoint(checkpoint, into=into.cpu(), mapped=mapped)
         # the factory is the user's own word of this very run
         factory = [str(architecture["ref"]).split(":")[0]] if architecture["kind"] == "factory" else []
-        return load_checkpoint(checkpoint, trust=(*self.options.trust, *factory))
+        return load_checkpoint(checkpoint, trust=(*self.options.trust, *factory), mapped=mapped)

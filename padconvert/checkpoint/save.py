@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import padconvert
-from padconvert.checkpoint.layout import join, placeholders
+from padconvert.checkpoint.layout import expected_tensors, join, placeholders
 from padconvert.checkpoint.manifest import LayerEntry, Manifest, ProbeInput, ProbeRecord, Provenance
+from padconvert.checkpoint.pieces import Content, Contents, place_of_content
 from padconvert.checkpoint.probe_record import fits, record_outputs
-from padconvert.checkpoint.tensor_bytes import place_of
 from padconvert.checkpoint.write import WrittenFile, write_checkpoint
 from padconvert.checkpoint.write_folder import write_folder
 from padconvert.errors import UsageError
@@ -35,6 +36,7 @@ def save_model(
     policy: Mapping[str, Any],
     trained: bool,
     probe: ProbeSpec | None = None,
+    packed: Packed | None = None,
     extra_tensors: Mapping[str, Tensor] | None = None,
     max_shard_size: int | None = None,
     force: bool = False,
@@ -43,8 +45,9 @@ def save_model(
 ) -> WrittenFile:
     """Write a folded model in checkpoint format 1. Experts that were not trained and are all equal are stored once.
 
-    `extra_tensors` are what `architecture` needs beside the state dict. With `max_shard_size` (bytes of tensors)
-    `path` is a folder, of one file or of several with an index. Raises as `write_checkpoint` and `write_folder` do.
+    `packed` is what `model` does not hold itself, `extra_tensors` what `architecture` needs beside the state dict. With
+    `max_shard_size` (bytes of tensors) `path` is a folder, of one file or of several with an index. Raises as
+    `write_checkpoint` and `write_folder` do.
     """
     extra = dict(extra_tensors or {})
     manifest = Manifest(
@@ -54,13 +57,41 @@ def save_model(
         policy=dict(policy),
         provenance=provenance,
         trained=trained,
-        probe=None if probe is None else record_probe(model, probe),
+        probe=record_of(model, probe, packed),
         extra_tensors=tuple(sorted(extra)),
     )
-    tensors = model_tensors(model, manifest.layers) | extra
+    tensors = contents(model, manifest.layers, packed) | extra
     if max_shard_size is None:
         return write_checkpoint(path, tensors, manifest, force=force, source=source, check=check)
     return write_folder(path, tensors, manifest, max_shard_size=max_shard_size, force=force, source=source, check=check)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """What a model does not hold itself: `tensors` of its converted layers, by their names in a checkpoint, and the
+    `outputs` that it has on the probe's inputs."""
+
+    tensors: Contents
+    outputs: Sequence[Tensor]
+
+
+def record_of(model: nn.Module, probe: ProbeSpec | None, packed: Packed | None) -> ProbeRecord | None:
+    """The probe's record: of the model's outputs, or of those that it is known to have."""
+    if probe is None:
+        return None
+    return record_probe(model, probe) if packed is None else _record(probe, packed.outputs)
+
+
+def contents(model: nn.Module, entries: Iterable[LayerEntry], packed: Packed | None) -> dict[str, Content]:
+    """As `model_tensors`, with what is packed, under all names of its layer."""
+    found: dict[str, Content] = dict(model_tensors(model, entries))
+    if packed is not None:
+        for entry in entries:
+            inside = [name for name in expected_tensors(entry) if name in packed.tensors]
+            for prefix in (entry.name, *entry.aliases):
+                for name in inside:
+                    found[prefix + name[len(entry.name) :]] = packed.tensors[name]
+    return found
 
 
 def entries_of(model: nn.Module, *, trained: bool) -> tuple[LayerEntry, ...]:
@@ -78,6 +109,8 @@ def _entry(model: nn.Module, name: str, layer: PadLayer, equal: bool) -> LayerEn
 
 def experts_are_equal(layer: PadLayer) -> bool:
     """Whether all experts hold the same bytes: nothing was trained since upcycling."""
+    if layer.shares_experts:
+        return True
     stored = [getattr(layer, f"{part}_dynamic") for part in layer.parts]
     return all(bool((dynamic == dynamic[:1]).all()) for dynamic in stored if dynamic is not None)
 
@@ -95,18 +128,20 @@ def model_tensors(model: nn.Module, entries: Iterable[LayerEntry]) -> dict[str, 
     return tensors
 
 
-def directory_tensors(model: nn.Module, entries: Sequence[LayerEntry]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def directory_tensors(
+    model: nn.Module, entries: Sequence[LayerEntry], packed: Packed | None = None
+) -> tuple[dict[str, Content], dict[str, str]]:
     """What a transformers directory stores of a model, and the further names of its tied tensors.
 
     A tied tensor is stored under the name that the model ties the others to, as transformers does. Each converted
     layer has a placeholder (see `layout.placeholders`).
     """
-    tensors = model_tensors(model, entries)
+    tensors = contents(model, entries, packed)
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     aliases = {
         name: kept
         for name, kept in tied.items()
-        if name in tensors and kept in tensors and place_of(tensors[name]) == place_of(tensors[kept])
+        if name in tensors and kept in tensors and place_of_content(tensors[name]) == place_of_content(tensors[kept])
     }
     for name, (dtype, shape) in placeholders(entries).items():
         tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype))
@@ -118,9 +153,17 @@ def record_probe(model: nn.Module, probe: ProbeSpec) -> ProbeRecord | None:
     inputs that large."""
     if not fits(PROBE_SAMPLES, (spec.shape for spec in probe.inputs)):
         return None
+    return _record(probe, probe_outputs(model, probe))
+
+
+def probe_outputs(model: nn.Module, probe: ProbeSpec) -> list[Tensor]:
+    """The model's outputs in eval mode on the samples that a record is of."""
     args, kwargs = probe.make(PROBE_SAMPLES, device_of(model))
     with untouched(model):
-        outputs = flat_outputs(call(model, args, kwargs))
+        return flat_outputs(call(model, args, kwargs))
+
+
+def _record(probe: ProbeSpec, outputs: Sequence[Tensor]) -> ProbeRecord:
     inputs = tuple(ProbeInput(s.name, s.shape, s.dtype, s.high, s.low) for s in probe.inputs)
     return ProbeRecord(seed=probe.seed, inputs=inputs, outputs=record_outputs(outputs), batch=PROBE_SAMPLES)
 

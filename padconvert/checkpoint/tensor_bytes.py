@@ -28,8 +28,9 @@ def view_bytes(tensor: Tensor) -> memoryview:
     return plain.reshape(-1).view(torch.uint8).numpy().data
 
 
-def crc32_of(data: memoryview) -> int:
-    return zlib.crc32(data)
+def crc32_of(data: memoryview, before: int = 0) -> int:
+    """The checksum of `data`, or of all that has the checksum `before` and then `data`."""
+    return zlib.crc32(data, before)
 
 
 def tensor_of(buffer: Any, slot: Slot, start: int, name: str) -> Tensor:

@@ -1,8 +1,8 @@
 """Writing a checkpoint: whole or not at all, and the same bytes for the same content.
 
 The header comes first in the file and holds every tensor's crc32, so the tensors are gone through twice: once for
-their checksums, once to be written. Either pass holds one tensor at a time, so a mapping that makes its tensors on
-demand streams.
+their checksums, once to be written. Either pass holds a few pieces at a time, so tensors that are made in pieces
+stream. The first pass takes several tensors at once; in the second the file's sha256 is computed beside the writing.
 """
 
 from __future__ import annotations
@@ -11,24 +11,32 @@ import dataclasses
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
+import torch
 from torch import Tensor
 
 from padconvert.checkpoint.bitmask import PlacementChecks
 from padconvert.checkpoint.header import Header, encode_header, quote
 from padconvert.checkpoint.layout import Spec, all_expected, check_layout
 from padconvert.checkpoint.manifest import Manifest, metadata_of
-from padconvert.checkpoint.tensor_bytes import crc32_of, place_of, spec_of, view_bytes
+from padconvert.checkpoint.pieces import Content, Contents, bytes_of, place_of_content, spec_of_content
+from padconvert.checkpoint.tensor_bytes import crc32_of
 from padconvert.checkpoint.whole_file import sibling
 from padconvert.checkpoint.whole_folder import sync
 from padconvert.errors import FileError, PadconvertError, UsageError
 
-#: bytes handed to the file and to sha256 at a time
-_PIECE = 16 * 2**20
+#: pieces that wait between the one who makes and writes them and the one who hashes them
+_AHEAD = 4
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +50,7 @@ class WrittenFile:
 
 def write_checkpoint(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
+    tensors: Contents,
     manifest: Manifest,
     *,
     force: bool = False,
@@ -110,47 +118,94 @@ def _check_target(path: Path, force: bool, source: str | os.PathLike[str] | None
         raise FileError(f"{path}: the folder {folder} cannot be written to.")
 
 
-def survey(tensors: Mapping[str, Tensor], manifest: Manifest) -> tuple[dict[str, Spec], Manifest]:
+def survey(tensors: Contents, manifest: Manifest) -> tuple[dict[str, Spec], Manifest]:
     """The first pass: what is stored, the checksums, and which names mean the same tensor."""
     expected = all_expected(manifest)
     checks = PlacementChecks(manifest)
     specs: dict[str, Spec] = {}
-    crc32: dict[str, int] = {}
+    stored: dict[str, Content] = {}
     aliases = dict(manifest.aliases)
     places: dict[tuple[object, ...], str] = {}
     for name in sorted(tensors, key=lambda name: (name not in expected, name)):
         tensor = tensors[name]
-        spec = spec_of(name, tensor)
-        place = place_of(tensor)
+        spec = spec_of_content(name, tensor)
+        place = place_of_content(tensor)
         kept = places.setdefault(place, name) if place else name
         # looked up again so that both are alive: a freed tensor's address may have been given to this one
-        if kept != name and name not in expected and place_of(tensors[kept]) == place:
+        if kept != name and name not in expected and place_of_content(tensors[kept]) == place:
             aliases[name] = kept
             continue
-        if spec == expected.get(name):
+        if spec == expected.get(name) and isinstance(tensor, Tensor):
             checks.check(name, tensor)
         specs[name] = spec
-        crc32[name] = crc32_of(view_bytes(tensor))
+        stored[name] = tensor
+    crc32 = dict(zip(stored, in_turn(_crc32, stored.values()), strict=True))
     return specs, dataclasses.replace(manifest, crc32=crc32, aliases=aliases)
 
 
-def write_tensors(
-    file: BinaryIO, encoded: bytes, header: Header, manifest: Manifest, tensors: Mapping[str, Tensor]
-) -> str:
+def _crc32(content: Content) -> int:
+    crc32 = 0
+    for data in bytes_of(content):
+        crc32 = crc32_of(data, crc32)
+    return crc32
+
+
+def in_turn(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """`work` of every item, on as many threads as torch may use. The results do not depend on how many."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        running = [pool.submit(work, item) for item in items]
+        try:
+            return [each.result() for each in running]
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def write_tensors(file: BinaryIO, encoded: bytes, header: Header, manifest: Manifest, tensors: Contents) -> str:
     """The second pass. Returns the sha256 of all that was written."""
-    sha256 = hashlib.sha256(encoded)
-    file.write(encoded)
-    for name in header.tensors:
-        data = view_bytes(tensors[name])
-        if crc32_of(data) != manifest.crc32[name]:
-            raise PadconvertError(f"tensor {quote(name)} changed while it was being written.")
-        for begin in range(0, len(data), _PIECE):
-            piece = data[begin : begin + _PIECE]
-            sha256.update(piece)
-            file.write(piece)
-    file.flush()
-    os.fsync(file.fileno())
-    return sha256.hexdigest()
+    with Hashing() as sha256:
+        sha256.update(encoded)
+        file.write(encoded)
+        for name in header.tensors:
+            crc32 = 0
+            for data in bytes_of(tensors[name]):
+                sha256.update(data)
+                crc32 = crc32_of(data, crc32)
+                file.write(data)
+            if crc32 != manifest.crc32[name]:
+                raise PadconvertError(f"tensor {quote(name)} changed while it was being written.")
+        file.flush()
+        os.fsync(file.fileno())
+        return sha256.hexdigest()
+
+
+class Hashing:
+    """sha256 of what it is given, computed in a thread of its own while the caller goes on."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self._waiting: queue.Queue[memoryview | bytes | None] = queue.Queue(_AHEAD)
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def __enter__(self) -> Hashing:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._waiting.put(None)
+        self._thread.join()
+
+    def update(self, data: memoryview | bytes) -> None:
+        self._waiting.put(data)
+
+    def hexdigest(self) -> str:
+        """Of all that was given; nothing can be given after it."""
+        self.__exit__()
+        return self._sha256.hexdigest()
+
+    def _work(self) -> None:
+        while (data := self._waiting.get()) is not None:
+            self._sha256.update(data)
 
 
 def explain(error: OSError, size: int) -> str:

@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from padconvert.checkpoint.folder import CONFIG, INDEX, SINGLE, config_with, index_text, merged, plan_shards
 from padconvert.checkpoint.header import Header, encode_header
 from padconvert.checkpoint.layout import Spec, check_layout
 from padconvert.checkpoint.manifest import Manifest, metadata_of
+from padconvert.checkpoint.pieces import Contents
 from padconvert.checkpoint.whole_folder import check_folder_target, put_folder, sibling_folder
 from padconvert.checkpoint.write import WrittenFile, explain, survey, write_tensors
 from padconvert.errors import FileError
@@ -22,7 +21,7 @@ from padconvert.errors import FileError
 
 def write_folder(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
+    tensors: Contents,
     manifest: Manifest,
     *,
     max_shard_size: int | None = None,
@@ -70,7 +69,7 @@ def write_folder(
 def _write_shards(
     folder: Path,
     shards: Mapping[str, list[str]],
-    tensors: Mapping[str, Tensor],
+    tensors: Contents,
     specs: Mapping[str, Spec],
     manifest: Manifest,
     *,

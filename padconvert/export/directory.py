@@ -12,11 +12,11 @@ from torch import nn
 
 import padconvert
 from padconvert.checkpoint.folder import CONFIG, INDEX, SINGLE, count, own_part, read_object
-from padconvert.checkpoint.header import read_header
+from padconvert.checkpoint.header import encode_header, read_header
 from padconvert.checkpoint.layout import Spec
 from padconvert.checkpoint.manifest import Manifest, Provenance
-from padconvert.checkpoint.save import directory_tensors, entries_of, record_probe
-from padconvert.checkpoint.tensor_bytes import spec_of
+from padconvert.checkpoint.pieces import spec_of_content
+from padconvert.checkpoint.save import Packed, directory_tensors, entries_of, record_of
 from padconvert.checkpoint.write import WrittenFile
 from padconvert.checkpoint.write_folder import write_folder
 from padconvert.errors import FileError, UnsafeError
@@ -45,6 +45,7 @@ def save_directory(
     policy: Mapping[str, Any],
     trained: bool,
     probe: ProbeSpec | None = None,
+    packed: Packed | None = None,
     max_shard_size: int | None = None,
     notes: Sequence[str] = (),
     force: bool = False,
@@ -60,7 +61,7 @@ def save_directory(
     """
     others = list(other_files(source_dir))
     entries = entries_of(model, trained=trained)
-    tensors, aliases = directory_tensors(model, entries)
+    tensors, aliases = directory_tensors(model, entries, packed)
     manifest = Manifest(
         padconvert=padconvert.__version__,
         layers=entries,
@@ -68,12 +69,12 @@ def save_directory(
         policy=dict(policy),
         provenance=provenance,
         trained=trained,
-        probe=None if probe is None else record_probe(model, probe),
+        probe=record_of(model, probe, packed),
         aliases=aliases,
     )
-    specs = {name: spec_of(name, tensor) for name, tensor in tensors.items()}
+    specs = {name: spec_of_content(name, tensor) for name, tensor in tensors.items()}
     has_card = any(name in (CARD, SOURCE_CARD) for _, name in others)
-    card = model_card(manifest, _numbers(specs, tensors, source_dir), notes, has_source_card=has_card)
+    card = model_card(manifest, _numbers(specs, source_dir), notes, has_source_card=has_card)
     return write_folder(
         out,
         tensors,
@@ -192,10 +193,10 @@ def _tensor_bytes(file: Path) -> int:
     return file.stat().st_size
 
 
-def _numbers(specs: Mapping[str, Spec], tensors: Mapping[str, Any], source_dir: Path) -> CardNumbers:
+def _numbers(specs: Mapping[str, Spec], source_dir: Path) -> CardNumbers:
     stored = {name: spec for name, spec in specs.items() if not name.endswith(("_bitmask", "_index"))}
     return CardNumbers(
         bytes_source=sum(_tensor_bytes(file) for file in _weight_files(source_dir)),
-        bytes_output=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        bytes_output=sum(slot.nbytes for slot in encode_header(specs, {})[1].tensors.values()),
         params_output=count(stored),
     )

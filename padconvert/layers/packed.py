@@ -92,6 +92,17 @@ class Units:
     def of_mask(dynamic_mask: Tensor) -> Units:
         return Units(dynamic_mask.nonzero()[:, 0], (~dynamic_mask).nonzero()[:, 0])
 
+    @staticmethod
+    def none() -> Units:
+        """Of nothing: where they belong is not known yet."""
+        return Units(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+
+    @staticmethod
+    def all(total: int, dynamic: bool, device: torch.device) -> Units:
+        """All of one kind."""
+        every, none = torch.arange(total, device=device), torch.empty(0, dtype=torch.int64, device=device)
+        return Units(every, none) if dynamic else Units(none, every)
+
     def mask(self) -> Tensor:
         """bool [U], True where dynamic."""
         mask = torch.zeros(len(self.dynamic) + len(self.static), dtype=torch.bool, device=self.dynamic.device)

@@ -66,6 +66,7 @@ class PadLayer(nn.Module, ABC):
         self.router_name = facts.router
         self.top_k = facts.top_k
         self.group, self.place = facts.group, facts.place
+        self.is_lean = False
         self.unit_dim = facts.unit_dim
         self.weight_shape = facts.weight_shape
         self.has_bias = facts.has_bias
@@ -105,6 +106,17 @@ class PadLayer(nn.Module, ABC):
         """Where the part's units belong."""
         return Units(getattr(self, f"_{part}_dynamic_units"), getattr(self, f"_{part}_static_units"))
 
+    def count_dynamic(self, part: str) -> int:
+        """How many of the part's units are dynamic."""
+        dynamic = getattr(self, f"{part}_dynamic")
+        return 0 if dynamic is None else int(dynamic.shape[1 + self.view(part).packed_dim])
+
+    @property
+    def shares_experts(self) -> bool:
+        """Whether the experts are one in memory, seen `num_experts` times: equal, and not to be trained."""
+        dynamic = [d for part in self.parts if (d := getattr(self, f"{part}_dynamic")) is not None]
+        return bool(dynamic) and all(d.stride(0) == 0 for d in dynamic)
+
     @property
     def unit_parts(self) -> tuple[str, ...]:
         """The parts that a unit holds a slice of: the bias goes with its row, but not with a column."""
@@ -126,8 +138,18 @@ class PadLayer(nn.Module, ABC):
         dynamic = like.new_zeros(self.num_experts, *view.packed_shape(n_dynamic))
         self.register_parameter(f"{part}_static", nn.Parameter(static) if exists and n_static else None)
         self.register_parameter(f"{part}_dynamic", nn.Parameter(dynamic) if exists and n_dynamic else None)
+        if like.is_meta and view.by_entry:
+            self._register_unknown_entries(part, exists and n_static > 0 and n_dynamic > 0)
+            return
         mask = torch.arange(view.units, device="cpu" if like.is_meta else like.device) < n_dynamic
         self._register_units(part, Units.of_mask(mask))
+
+    def _register_unknown_entries(self, part: str, mixed: bool) -> None:
+        """Entries are many; where they belong is in what will be loaded."""
+        self._register_units(part, Units.none())
+        if mixed:
+            bits = torch.empty(-(-self.view(part).units // 8), dtype=torch.uint8, device="meta")
+            self.register_buffer(self._index_name(part) or "", bits)
 
     def _register_units(self, part: str, units: Units) -> None:
         """Keep the indices for the forward, and the stored form of the dynamic_mask beside them."""
@@ -142,6 +164,8 @@ class PadLayer(nn.Module, ABC):
 
     def reindex_(self) -> None:
         """Recompute the indices from the stored dynamic_mask, after its buffer was loaded."""
+        if self.is_lean:
+            return
         if self.granularity is not Granularity.ELEMENT:
             stored = getattr(self, self._index_name("weight") or "", None)
             if stored is not None:
@@ -149,9 +173,22 @@ class PadLayer(nn.Module, ABC):
                 self.place_units_(Units.of_mask(mask.index_fill(0, stored.long(), True)))
             return
         for part in self.parts:
-            stored = getattr(self, self._index_name(part) or "")
+            stored, total = getattr(self, self._index_name(part) or ""), self.view(part).units
             if stored is not None:
-                self._register_units(part, Units.of_mask(unpack_bits(stored, self.view(part).units)))
+                self._register_units(part, Units.of_mask(unpack_bits(stored, total)))
+            elif len(self.units(part).dynamic) + len(self.units(part).static) != total:
+                like = self.weight.device
+                self._register_units(part, Units.all(total, self.count_dynamic(part) > 0, like))
+
+    def lean_(self, lean: bool = True) -> None:
+        """Go without the indices of single entries, which take more memory than the weight, until `lean_(False)`. What
+        a lean layer still computes is `paths.shared`."""
+        self.is_lean = lean and self.granularity is Granularity.ELEMENT
+        for part in self.parts if self.is_lean else ():
+            self.register_buffer(f"_{part}_dynamic_units", Units.none().dynamic, persistent=False)
+            self.register_buffer(f"_{part}_static_units", Units.none().static, persistent=False)
+        if not lean:
+            self.reindex_()
 
     def place_units_(self, units: Units) -> None:
         """Say where the layer's rows (or columns) belong, for all parts that a unit has a slice of."""
@@ -179,12 +216,14 @@ class PadLayer(nn.Module, ABC):
     def cut_part(self, part: str) -> tuple[Tensor | None, Tensor | None]:
         """(static [N, S], dynamic [K, D, S]) with their scales, in the mixing dtype (at least fp32)."""
         static_scale, dynamic_scale = self.scales()
-        view, dtype = self.view(part), self.mixing_dtype
         static, dynamic = getattr(self, f"{part}_static"), getattr(self, f"{part}_dynamic")
-        return (
-            None if static is None else view.cut_packed(static).to(dtype) * static_scale,
-            None if dynamic is None else view.cut_packed(dynamic).to(dtype) * dynamic_scale,
-        )
+        return self._cut_scaled(part, static, static_scale), self._cut_scaled(part, dynamic, dynamic_scale)
+
+    def _cut_scaled(self, part: str, packed: Tensor | None, scale: Tensor | float) -> Tensor | None:
+        if packed is None:
+            return None
+        cut = self.view(part).cut_packed(packed).to(self.mixing_dtype)
+        return cut if isinstance(scale, float) else cut * scale  # a product with 1 would be a copy of all experts
 
     def expert_tensors(self, part: str) -> Tensor:
         """Every expert's full weight [K, *weight_shape] or bias [K, O], scaled, in the mixing dtype."""
@@ -298,8 +337,8 @@ class PadLayer(nn.Module, ABC):
             weight_shape=self.weight_shape,
             dtype=str(self.stored_dtype).removeprefix("torch."),
             has_bias=self.has_bias,
-            n_dynamic=len(self.units("weight").dynamic),
-            n_bias_dynamic=len(self.units("bias").dynamic) if self.has_bias else 0,
+            n_dynamic=self.count_dynamic("weight"),
+            n_bias_dynamic=self.count_dynamic("bias"),
             router=self.router_name,
             routing=self.routing,
             top_k=self.top_k,
@@ -308,7 +347,7 @@ class PadLayer(nn.Module, ABC):
         )
 
     def extra_repr(self) -> str:
-        share = len(self.units("weight").dynamic) / self.view("weight").units
+        share = self.count_dynamic("weight") / self.view("weight").units
         return f"{self.weight_shape}, num_experts={self.num_experts}, {self.granularity}, dynamic={share:.3f}"
 
     def pooling_is_per_token(self) -> bool:

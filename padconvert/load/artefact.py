@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -30,10 +30,13 @@ def load(path: str | os.PathLike[str], *, into: nn.Module | None = None, trust: 
     return load_checkpoint(read_checkpoint(Path(path)), into=into, trust=trust)
 
 
-def load_checkpoint(checkpoint: Checkpoint, *, into: nn.Module | None = None, trust: Sequence[str] = ()) -> nn.Module:
-    """As `load`, of an open checkpoint."""
+def load_checkpoint(
+    checkpoint: Checkpoint, *, into: nn.Module | None = None, trust: Sequence[str] = (), mapped: bool = False
+) -> nn.Module:
+    """As `load`, of an open checkpoint. `mapped`: on the file's pages, equal experts as one, so that it takes hardly
+    any memory; to be called, not to be trained."""
     try:
-        return _loaded(checkpoint, into, trust)
+        return _loaded(checkpoint, into, trust, mapped)
     except (FileError, UnsafeError) as error:
         said = str(error).removeprefix(f"{checkpoint.path}: ")
         if isinstance(error, UnsafeError) and "into=" not in said:
@@ -41,18 +44,18 @@ def load_checkpoint(checkpoint: Checkpoint, *, into: nn.Module | None = None, tr
         raise type(error)(f"{checkpoint.path}: {said}") from error
 
 
-def _loaded(checkpoint: Checkpoint, into: nn.Module | None, trust: Sequence[str]) -> nn.Module:
+def _loaded(checkpoint: Checkpoint, into: nn.Module | None, trust: Sequence[str], mapped: bool) -> nn.Module:
     manifest = checkpoint.manifest
     inside = {name for entry in manifest.layers for name in all_names_inside(entry)}
-    kept = {name: tensor for name, tensor in checkpoint.tensors(copy=True).items() if name not in inside}
+    kept = {name: tensor for name, tensor in checkpoint.tensors(copy=not mapped).items() if name not in inside}
     absent = {join(name, part) for e in manifest.layers for name in (e.name, *e.aliases) for part in ("weight", "bias")}
     if into is None:
         model = rebuild(manifest.architecture, kept, trust, missing_ok=absent)
     else:
         model = into
-        _fill(model, {name: t for name, t in kept.items() if name not in manifest.extra_tensors}, absent)
+        _fill(model, {name: t for name, t in kept.items() if name not in manifest.extra_tensors}, absent, mapped)
     built = {
-        entry.name: filled_layer(entry, lambda name, at=entry.name: checkpoint.tensor(join(at, name), copy=True))  # type: ignore[misc]
+        entry.name: filled_layer(entry, _reader(checkpoint, entry.name, copy=not mapped), shared=mapped)
         for entry in manifest.layers
     }
     _check_places(model, manifest.layers)
@@ -61,6 +64,10 @@ def _loaded(checkpoint: Checkpoint, into: nn.Module | None, trust: Sequence[str]
     if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
         raise FileError("it holds no values for a part of its network. Make it again from its source.")
     return model.eval()
+
+
+def _reader(checkpoint: Checkpoint, layer: str, *, copy: bool) -> Callable[[str], Tensor]:
+    return lambda name: checkpoint.tensor(join(layer, name), copy=copy)
 
 
 def _check_places(model: nn.Module, entries: Sequence[LayerEntry]) -> None:
@@ -79,8 +86,8 @@ def _check_places(model: nn.Module, entries: Sequence[LayerEntry]) -> None:
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor], absent: set[str]) -> None:
-    """Copy the tensors that are not in a converted layer into the caller's module."""
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor], absent: set[str], mapped: bool) -> None:
+    """Put the tensors that are not in a converted layer into the caller's module: copied, or `mapped` themselves."""
     own = model.state_dict(keep_vars=True)
     missing = sorted(own.keys() - tensors.keys() - absent)
     unexpected = sorted(tensors.keys() - own.keys())
@@ -96,4 +103,7 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], absent: set[str]) -> 
             "Give the architecture that the artefact was made from."
         )
     for name, tensor in tensors.items():
-        own[name].copy_(tensor)
+        if mapped and tensor.dtype == own[name].dtype:
+            own[name].data = tensor
+        else:
+            own[name].copy_(tensor)

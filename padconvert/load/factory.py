@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from padconvert.allow import inside, may_be_trusted
 from padconvert.errors import FileError, UnsafeError, UsageError
@@ -19,6 +20,8 @@ from padconvert.load.names import join_working_directory
 
 _SEED = 0
 _SHOWN = 4
+#: what torch.nn.init does to a parameter
+_FILLS = frozenset({"uniform_", "normal_", "zero_", "fill_", "erfinv_", "mul_", "add_", "clamp_"})
 # state dicts of old versions lack these, and a network works without
 _OPTIONAL = ("num_batches_tracked", "_extra_state")
 
@@ -50,7 +53,8 @@ def build_factory(architecture: Mapping[str, Any]) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
-            module = factory(**args)
+            with _Unfilled():
+                module = factory(**args)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a script's sys.exit() must not end this run as if all were done
@@ -61,6 +65,17 @@ def build_factory(architecture: Mapping[str, Any]) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise UsageError(f"--arch {ref}: returned a {type(module).__name__}, not a torch.nn.Module.")
     return module
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves parameters as they were allocated: a file's tensors take their places, or `put_tensors_` refuses. So
+    the memory of a large network is neither filled nor, on most systems, there at all."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        filled = args[0] if args else kwargs.get("tensor")
+        fills = getattr(func, "__module__", "") == nn.init.__name__ or getattr(func, "__name__", "") in _FILLS
+        return filled if fills and type(filled) is nn.Parameter else func(*args, **kwargs)
 
 
 def _imported(ref: str) -> Any:
@@ -119,7 +134,8 @@ def _signature(factory: Any) -> str:
 def put_tensors_(
     module: nn.Module, tensors: Mapping[str, Tensor], where: str, missing_ok: Collection[str] = ()
 ) -> None:
-    """Copies the tensors into the module, which takes their dtypes. Names in `missing_ok` may be absent; their
+    """Puts the tensors into the module, which takes their dtypes: as they are where that is what a copy would be, so
+    that what is mapped stays on its file's pages; else copied. Names in `missing_ok` may be absent; their
     parameters go to the meta device, so that nobody computes with them.
 
     Raises FileError that lists missing, unexpected and mis-shaped tensors.
@@ -128,7 +144,11 @@ def put_tensors_(
     _check_fit(own, tensors, where, missing_ok)
     _take_dtypes_(module, own, tensors)
     try:
-        module.load_state_dict(dict(tensors), strict=False)
+        own = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
+        kept = {name: tensors[name] for name in _replaceable(module, own, tensors)}
+        for name, tensor in kept.items():
+            own[name].data = tensor
+        module.load_state_dict({name: tensors[name] for name in tensors if name not in kept}, strict=False)
     except (RuntimeError, AttributeError, KeyError, TypeError) as error:
         raise FileError(
             f"{where}: its tensors cannot be put into the network ({str(error).splitlines()[0]})."
@@ -139,6 +159,35 @@ def put_tensors_(
     left = [name for name, parameter in module.named_parameters() if parameter.is_meta and name not in missing_ok]
     if left:
         raise FileError(f"{where}: the factory leaves '{left[0]}' on the meta device. Build the network on the CPU.")
+
+
+def _replaceable(module: nn.Module, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """Parameters under one name whose module loads as all do, given in their very form."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in own.items():
+        names.setdefault(id(tensor), []).append(name)
+    found = []
+    for name, tensor in own.items():
+        owner = module.get_submodule(name.rpartition(".")[0]) if name in given else None
+        if owner is None or type(tensor) is not nn.Parameter or len(names[id(tensor)]) > 1 or not _loads_plainly(owner):
+            continue
+        new = given[name]
+        if (new.dtype, new.shape, new.stride(), new.device) == (
+            tensor.dtype,
+            tensor.shape,
+            tensor.stride(),
+            tensor.device,
+        ):
+            found.append(name)
+    return found
+
+
+def _loads_plainly(owner: nn.Module) -> bool:
+    return (
+        type(owner)._load_from_state_dict is nn.Module._load_from_state_dict
+        and not owner._load_state_dict_pre_hooks
+        and not owner._load_state_dict_post_hooks
+    )
 
 
 def without_prefix(module: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:

@@ -26,7 +26,7 @@ from padconvert.load import open_source
 from padconvert.load.artefact import load_checkpoint
 from padconvert.load.detect import InputKind, detect
 from padconvert.load.factory import architecture_of, build_factory
-from padconvert.load.source import Source, own_tensors, sha256_of, sha256_of_all
+from padconvert.load.source import Checksum, Source, own_tensors, sha256_of, sha256_of_all
 from padconvert.options import ConvertOptions
 from padconvert.plan import Plan, TensorSizes
 from padconvert.policy import Rule
@@ -45,11 +45,16 @@ class Opened:
     module: nn.Module
     static: nn.Module
     bytes: int
-    sha256: str
+    checksum: str | Checksum
     architecture: dict[str, Any]
     extra_tensors: Mapping[str, Tensor]
     notes: tuple[str, ...]
     rules: tuple[Rule, ...] = ()  # of a trained artefact: its partition
+
+    @property
+    def sha256(self) -> str:
+        """The source's checksum; waits until it is known."""
+        return self.checksum if isinstance(self.checksum, str) else self.checksum.value()
 
     @property
     def goes_on(self) -> bool:
@@ -90,18 +95,25 @@ def open_input(path: Path, options: ConvertOptions, device: torch.device) -> Ope
     """Open a saved model or an artefact on `device`. Raises as `open_source` and `load` do."""
     if detect(path) is InputKind.ARTEFACT and options.state_key is None:
         return _opened_artefact(path, options, device)
+    beside = Checksum(path) if path.is_file() else None
     source = open_source(
-        path, arch=options.arch, arch_args=options.arch_args, trust=options.trust, state_key=options.state_key
+        path,
+        arch=options.arch,
+        arch_args=options.arch_args,
+        trust=options.trust,
+        state_key=options.state_key,
+        hash=beside is None,
     )
     module = module_of(source).to(device)
-    assert source.sha256 is not None, "open_source hashes unless told not to"
+    checksum = beside or source.sha256
+    assert checksum is not None, "open_source hashes unless told not to"
     return Opened(
         path=path,
         kind=source.kind,
         module=module,
         static=module,
         bytes=source.bytes,
-        sha256=source.sha256,
+        checksum=checksum,
         architecture=source.architecture,
         extra_tensors=source.extra_tensors,
         notes=source.notes,
@@ -131,7 +143,7 @@ def _opened_artefact(path: Path, options: ConvertOptions, device: torch.device) 
         module=module,
         static=static_twin(module),
         bytes=size,
-        sha256=sha256,
+        checksum=sha256,
         architecture=checkpoint.manifest.architecture,
         extra_tensors=extra,
         notes=(),

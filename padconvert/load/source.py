@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,19 @@ def sha256_of(path: Path) -> str:
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror or error}).") from error
     return digest.hexdigest()
+
+
+class Checksum:
+    """The sha256 of a file, computed in a thread of its own from now on."""
+
+    def __init__(self, path: Path) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._running = self._pool.submit(sha256_of, path)
+        self._pool.shutdown(wait=False)
+
+    def value(self) -> str:
+        """Waits for it. Raises FileError where the file cannot be read."""
+        return self._running.result()
 
 
 def sha256_of_all(paths: Iterable[Path]) -> str:

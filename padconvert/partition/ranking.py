@@ -3,15 +3,96 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_PIECE = 2**20
+_SAMPLE = 2**16
 
 
 def keep_in_layer(score_U: Tensor, count: int) -> Tensor:
     """bool [U], True for the `count` highest scores; of equal ones the lowest index stays."""
-    order = torch.sort(score_U, descending=True, stable=True).indices
-    return torch.zeros(len(score_U), dtype=torch.bool).index_fill(0, order[:count], True)
+    score = score_U.detach().cpu().numpy()
+    kept = np.zeros(len(score), dtype=np.bool_)
+    if count:
+        # one selection, not a sort: its indices alone would take more memory than the scores
+        lowest = np.partition(score, len(score) - count)[len(score) - count]
+        np.greater(score, lowest, out=kept)
+        kept[np.flatnonzero(score == lowest)[: count - int(np.count_nonzero(kept))]] = True
+    return torch.from_numpy(kept)
+
+
+def keep_largest(values: Tensor, count: int) -> Tensor:
+    """The same for single entries that are ranked by |value| alone, as a bitmask: uint8 [⌈n/8⌉], little bit order.
+
+    `values` are gone through in pieces, in their order; no score of all of them is held.
+    """
+    pieces = _Pieces(values)
+    if not 0 < count < values.numel():
+        fill = bool(count)
+        bits = [np.packbits(np.full(len(piece), fill), bitorder="little") for piece in pieces]
+        return torch.from_numpy(np.concatenate(bits) if bits else np.zeros(0, np.uint8))
+    lowest, ties = _lowest_kept(pieces, count)
+    bits = []
+    for piece in pieces:
+        kept = piece > lowest
+        if ties:
+            equal = np.flatnonzero(piece == lowest)[:ties]
+            kept[equal] = True
+            ties -= len(equal)
+        bits.append(np.packbits(kept, bitorder="little"))
+    return torch.from_numpy(np.concatenate(bits))
+
+
+def _lowest_kept(pieces: _Pieces, count: int) -> tuple[Any, int]:
+    """(the `count`-th largest |value|, how many entries that have it are kept).
+
+    A sample says between which bounds it lies almost certainly; only what lies there is held and selected from.
+    """
+    for low, high in (_bounds(pieces, count), (-np.inf, np.inf)):
+        above, between = 0, []
+        for piece in pieces:
+            above += int(np.count_nonzero(piece > high))
+            between.append(piece[(piece >= low) & (piece <= high)])
+        found = np.concatenate(between)
+        if above < count <= above + len(found):
+            place = len(found) - (count - above)
+            lowest = np.partition(found, place)[place]
+            return lowest, count - above - int(np.count_nonzero(found > lowest))
+    raise AssertionError("every |value| lies between −∞ and ∞")
+
+
+def _bounds(pieces: _Pieces, count: int) -> tuple[float, float]:
+    sample = np.sort(pieces.sample())
+    place = len(sample) * (1 - count / pieces.total)
+    slack = 4 * len(sample) ** 0.5
+    low, high = max(int(place - slack), 0), min(int(place + slack), len(sample) - 1)
+    return sample[low] if low else -np.inf, sample[high] if high < len(sample) - 1 else np.inf
+
+
+class _Pieces:
+    """|value| of a tensor's entries in row-major order, about a million at a time: a multiple of 8 but for the last."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.flat = values.detach().reshape(-1)
+        self.total = self.flat.numel()
+
+    def __iter__(self) -> Iterator[Any]:
+        for begin in range(0, self.total, _PIECE):
+            yield self._sizes(self.flat[begin : begin + _PIECE])
+
+    def sample(self) -> Any:
+        # an odd stride meets every column of a row of even length
+        return self._sizes(self.flat[:: self.total // _SAMPLE | 1])
+
+    @staticmethod
+    def _sizes(values: Tensor) -> Any:
+        plain = values if values.dtype in (torch.float32, torch.float64) else values.float()
+        return np.abs(plain.cpu().numpy())
 
 
 def keep_across_layers(scores: list[Tensor], sizes: list[int], totals: list[int], entries: int) -> list[Tensor]:
