@@ -18,7 +18,7 @@ from padconvert.load.reductions import DTYPE_BYTES
 # An expanded view (stride 0) may show more entries than are stored, up to this many.
 _MAX_EXPANDED = 1 << 24
 _MAX_COUNT = 1 << 48
-_ALIGNMENT = 16
+_ALIGNMENT = 8  # of the widest dtype's parts
 _SMALL = 1 << 16
 
 
