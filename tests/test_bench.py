@@ -431,6 +431,13 @@ def test_a_row_is_taken_once_until_the_code_changes(tmp_path: Path, capsys: pyte
     assert "ours 3.00×" in capsys.readouterr().out
 
 
+def test_a_table_of_another_dtype_has_a_file_and_a_command_of_its_own(tmp_path: Path) -> None:
+    words = ["--results", str(tmp_path), "--dtype", "bfloat16", "--threads", "1"]
+    table = rows.Table("trial", rows.setting(words), [])
+    assert (table.path.name, table.command) == ("trial-bfloat16.json", "python -m benchmarks.trial --dtype bfloat16")
+    assert table.path.parent == tmp_path
+
+
 def test_an_interrupted_row_is_not_kept(tmp_path: Path) -> None:
     table = rows.Table("trial", given(tmp_path), [])
     unfinished = Paired({"static": (1.0,)}, finished=False)

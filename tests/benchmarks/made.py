@@ -51,7 +51,8 @@ def convolution(source: nn.Conv2d, granularity: str, ratio: float = RATIO) -> nn
     make_unequal_(model)
     for part in layer.parts:
         units = layer.view(part).units
-        layer.partition_(part, drawn(units, ratio), torch.full((EXPERTS,), 1 / EXPERTS, dtype=torch.float64))
+        mask = drawn(units, ratio).to(source.weight.device)
+        layer.partition_(part, mask, torch.full((EXPERTS,), 1 / EXPERTS, dtype=torch.float64))
     fold_(model)
     return model.eval()
 
@@ -101,6 +102,7 @@ def mixture(source: Ffn, ratio: float = MOE_RATIO) -> Ffn:
     for name in source.names:
         member = getattr(made, name)
         for part in member.unit_parts:
-            member.partition_(part, drawn(member.view(part).units, ratio), mean)
+            mask = drawn(member.view(part).units, ratio).to(source.up.weight.device)
+            member.partition_(part, mask, mean)
     fold_(made)
     return made.eval()

@@ -32,6 +32,8 @@ QUICK=1` takes a few rows in some minutes and prints them.
   rebuilt from its equations (`tests/benchmarks/paper.py`): dense masks over all kernels multiplied in every call, all
   kernels summed to one weight a sample, one grouped convolution with a group for every sample. It computes the same
   values, which a test holds.
+* On a GPU the tables of layers, networks, the step and experts are taken by `python -m benchmarks.networks --device
+  cuda --dtype bfloat16` and so on (`PYTHONPATH=tests`), and this page by `python -m benchmarks.report`.
 
 ## Your own artefact
 

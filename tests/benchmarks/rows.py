@@ -33,6 +33,14 @@ class Setting:
     threads: int
     folder: Path
 
+    @property
+    def words(self) -> list[str]:
+        """What of the command line is not the default."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        said = ["--quick"] if self.quick else []
+        said += ["--device", str(self.device)] if self.device.type != "cpu" else []
+        return said + (["--dtype", dtype] if self.dtype is not torch.float32 else [])
+
     def effort(self, thorough: Effort) -> Effort:
         return QUICK if self.quick else thorough
 
@@ -72,7 +80,7 @@ class Table:
         self.path = given.folder / f"{name}{where}{kind}.json"
         self.code = fingerprint([*depends, "padconvert/paired.py"])
         self.machine = asdict(machine(given.device, given.threads))
-        self.command = f"python -m benchmarks.{name}" + (" --quick" if given.quick else "")
+        self.command = " ".join([f"python -m benchmarks.{name}", *given.words])
         self.rows: dict[str, Row] = self._earlier()
 
     def _earlier(self) -> dict[str, Row]:
