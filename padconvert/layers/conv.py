@@ -47,7 +47,9 @@ class PadConv(PadLayer):
 
     def pooled(self, x: Tensor) -> Tensor:
         """[B, C, *spatial] → [B, C] in the mixing dtype, without a copy of the map in it."""
-        return x.mean(tuple(range(2, x.dim())), dtype=self.mixing_dtype)
+        # not `mean`: its gradient is divided position by position
+        summed_BC = x.sum(tuple(range(2, x.dim())), dtype=self.mixing_dtype)
+        return summed_BC / x.shape[2:].numel()
 
     def route(self, x: Tensor) -> Tensor:
         with without_autocast(x):

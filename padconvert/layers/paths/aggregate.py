@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from padconvert.layers.paths.call import by_sample
-from padconvert.layers.paths.case import Case, compute_dtype
-from padconvert.layers.paths.cost import Machine, grouping, mixing, whole_weights
-from padconvert.layers.paths.parts import mixed
+from padconvert.layers.paths.case import Case, case_of
+from padconvert.layers.paths.cost import Machine, grouping, mixing, placing, whole_weights
+from padconvert.layers.paths.parts import mixed, ordered, side_by_side
 
 if TYPE_CHECKING:
     from padconvert.layers.conv import PadConv
@@ -23,14 +23,26 @@ def unable(case: Case) -> str:
 
 
 def seconds(case: Case, machine: Machine) -> float:
-    return mixing(case, machine) + whole_weights(case, machine) + grouping(case, machine)
+    put_together = whole_weights(case, machine)
+    if _orders_outputs(case):
+        rows = case.entries - case.dynamic_entries
+        put_together = case.batch * rows * machine.copy + placing(case.batch * case.outputs, machine)
+    return mixing(case, machine) + put_together + grouping(case, machine)
+
+
+def _orders_outputs(case: Case) -> bool:
+    """Whether it is cheaper to bring the outputs into order than the weights of every sample."""
+    return case.rows_apart and case.n_static > 0 and case.n_dynamic > 0 and case.outputs < case.entries
 
 
 def convolve(layer: PadConv, x: Tensor) -> Tensor:
     """A grouped convolution whose groups are the samples: [B, C, *spatial] → [B, O, *spatial']."""
-    routing_BK, dtype = layer.route(x), compute_dtype(x)
-    bias = mixed(layer, "bias", routing_BK).to(dtype) if layer.has_bias else None
-    return by_sample(layer, x.to(dtype), mixed(layer, "weight", routing_BK).to(dtype), bias)
+    routing_BK, case = layer.route(x), case_of(layer, x)
+    apart = _orders_outputs(case)
+    put = side_by_side if apart else mixed
+    bias = put(layer, "bias", routing_BK).to(case.dtype) if layer.has_bias else None
+    out = by_sample(layer, x.to(case.dtype), put(layer, "weight", routing_BK).to(case.dtype), bias)
+    return ordered(out, layer.units("weight")) if apart else out
 
 
 def project(layer: PadLinear, x: Tensor) -> Tensor:

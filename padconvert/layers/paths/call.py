@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 _CONVOLUTIONS = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}
 
+#: entries of the weights that one grouped call works on
+GROUPED = 300_000
+
 
 def convolution(layer: PadConv, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     """One convolution of `x` with the layer's stride, dilation and padding."""
@@ -40,7 +43,22 @@ def padded(layer: PadConv, x: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
 
 
 def by_sample(layer: PadConv, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Each sample with its own weight, [B, O, I, *kernel] and [B, O], in one call: groups are samples."""
+    """Each sample with its own weight, [B, O, I, *kernel] and [B, O]. Groups are samples, calls pieces of the batch."""
+    size = piece_size(x.device.type, weight.shape[1:].numel(), len(x))
+    if torch.compiler.is_compiling() or size >= len(x):
+        return _grouped(layer, x, weight, bias)
+    biases = [None] * -(-len(x) // size) if bias is None else bias.split(size)
+    pieces = zip(x.split(size), weight.split(size), biases, strict=True)
+    return torch.cat([_grouped(layer, *piece) for piece in pieces])
+
+
+def piece_size(device: str, entries: int, batch: int) -> int:
+    """Samples whose weights, of so many entries, share a call: what a core's cache holds. Past it the gradient of the
+    weights takes three times as long. Other devices take the batch at once."""
+    return max(GROUPED // entries, 1) if device == "cpu" else batch
+
+
+def _grouped(layer: PadConv, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     batch = len(x)
     together = x.reshape(1, batch * x.shape[1], *x.shape[2:])
     flat_bias = None if bias is None else bias.flatten()

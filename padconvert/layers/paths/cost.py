@@ -8,8 +8,10 @@ equal cases are given equal paths on every machine; `measure.tuned` corrects a c
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from padconvert.layers.paths.call import piece_size
 from padconvert.layers.paths.case import Case
 
 
@@ -17,6 +19,7 @@ from padconvert.layers.paths.case import Case
 class Machine:
     """One kind of device."""
 
+    block: int  # rows are computed so many at a time
     mac: float  # of a convolution
     pointwise: float  # of a 1x1 convolution
     product: float  # of a batched matrix product
@@ -34,11 +37,13 @@ class Machine:
 
 #: fitted to one thread of an AMD EPYC (AVX-512)
 CPU = Machine(
+    block=16,
     mac=19e-12, pointwise=22e-12, product=27e-12, grouped=24e-12, reorder=0.65e-9, read=0.1e-9, mix=0.11e-9,
     copy=0.22e-9, scatter=0.95e-9, output=0.7e-9, fresh=1.4e-9, kept=8 << 20, call=20e-6,
 )  # fmt: skip
 #: not measured: ratios of arithmetic to bandwidth as data sheets give them, and a call as long as a launch
 GPU = Machine(
+    block=8,
     mac=0.05e-12, pointwise=0.05e-12, product=0.06e-12, grouped=0.5e-12, reorder=0, read=2e-12, mix=0.5e-12,
     copy=3e-12, scatter=10e-12, output=3e-12, fresh=0, kept=8 << 20, call=10e-6,
 )  # fmt: skip
@@ -52,6 +57,7 @@ def machine_of(device: str) -> Machine:
 def convolutions(case: Case, machine: Machine, calls: int, share: float = 1.0) -> float:
     """All samples through `share` of the weight's rows, in so many calls of equal batch. A convolution reorders its
     weight, its input and its output, the last two into memory of its own."""
+    share = blocked(case, machine, share)
     mac = machine.pointwise if case.pointwise else machine.mac
     work = case.batch * case.macs * mac + calls * case.entries * machine.reorder
     maps = case.inputs + round(case.outputs * share)
@@ -59,10 +65,20 @@ def convolutions(case: Case, machine: Machine, calls: int, share: float = 1.0) -
 
 
 def grouping(case: Case, machine: Machine, share: float = 1.0) -> float:
-    """All samples through their own `share` of rows, in one call with a group for every sample."""
+    """All samples through their own `share` of rows, with a group for every sample of a piece of the batch."""
+    size = min(piece_size(case.device, round(case.entries * share), case.batch), case.batch)
+    calls = math.ceil(case.batch / size)
+    outputs = round(case.outputs * share)
     per_sample = case.macs * machine.grouped + case.entries * machine.reorder
-    maps = case.batch * (case.inputs + round(case.outputs * share))
-    return share * case.batch * per_sample + machine.call + allocated(maps, machine)
+    copied = placing(case.batch * outputs, machine) if calls > 1 else 0.0
+    maps = allocated(size * (case.inputs + outputs), machine)
+    return blocked(case, machine, share) * case.batch * per_sample + calls * (machine.call + maps) + copied
+
+
+def blocked(case: Case, machine: Machine, share: float) -> float:
+    """The share of rows that is computed where so many are wanted: whole blocks of them."""
+    rows = case.weight_shape[0]
+    return math.ceil(round(share * rows, 6) / machine.block) * machine.block / rows
 
 
 def mixing(case: Case, machine: Machine) -> float:

@@ -57,6 +57,23 @@ def mixed(layer: PadLayer, part: str, routing_BK: Tensor) -> Tensor:
     return layer.view(part).as_full(whole_BUS)
 
 
+def side_by_side(layer: PadLayer, part: str, routing_BK: Tensor) -> Tensor:
+    """W(b) of rows for every sample, the static ones first: [B, N + D, *row] in the mixing dtype."""
+    static_NS, dynamic_KDS = static_part(layer, part), dynamic_part(layer, part)
+    assert static_NS is not None
+    assert dynamic_KDS is not None
+    batch = routing_BK.shape[0]
+    both_BUS = torch.cat([static_NS.expand(batch, -1, -1), mix(layer, dynamic_KDS, routing_BK)], 1)
+    return layer.view(part).as_full(both_BUS)
+
+
+def ordered(packed: Tensor, units: Units) -> Tensor:
+    """[B, N + D, …], the static units first, each unit in its place: [B, U, …]."""
+    order = torch.cat([units.static, units.dynamic])
+    whole: Tensor = _Ordered.apply(packed, order.argsort(), order)  # type: ignore[no-untyped-call]
+    return whole
+
+
 def placed(static: Tensor, dynamic: Tensor, units: Units) -> Tensor:
     """[B, N, …] and [B, D, …], each unit in its place: [B, U, …]. Differentiable in both."""
     if torch.compiler.is_exporting():
@@ -94,6 +111,20 @@ class _Placed(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         static_units, dynamic_units = ctx.saved_tensors
         return gradient.index_select(1, static_units), gradient.index_select(1, dynamic_units), None, None
+
+
+class _Ordered(torch.autograd.Function):
+    """Units in another order. The gradient goes back by the inverse order, where indexing's own would add up units."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return packed.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(1, inverse), None, None
 
 
 def _empty(like: Tensor, total: int) -> Tensor:
