@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -236,6 +236,11 @@ def _all(values: Tensor) -> Iterator[Tensor]:
 
 def _slices(values: Tensor, view: UnitView, units: Tensor) -> Iterator[Tensor]:
     """Whole rows of `values`, or columns."""
+    if view.packed_dim == 0 and values.is_contiguous() and values.device.type == "cpu":
+        rows = _plain(values.view(len(values), -1))
+        for some in units.split(max(1, PIECE // (view.size * values.element_size()))):
+            yield torch.from_numpy(np.take(rows, some.numpy(), axis=0))
+        return
     units = units.to(values.device)
     if view.packed_dim == 0:
         for some in units.split(max(1, PIECE // (view.size * values.element_size()))):
@@ -243,6 +248,11 @@ def _slices(values: Tensor, view: UnitView, units: Tensor) -> Iterator[Tensor]:
         return
     for rows in values.split(max(1, PIECE // (values[0].numel() * values.element_size()))):
         yield rows.index_select(view.packed_dim, units)
+
+
+def _plain(values: Tensor) -> Any:
+    """The bits of the values for numpy, which does not know all dtypes, and takes them on the thread that asks."""
+    return values.cpu().view(_WIDTHS[values.element_size()]).numpy()
 
 
 _WIDTHS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -254,7 +264,7 @@ def _entries(values: Tensor, bits: Tensor, dynamic: bool) -> Iterator[Tensor]:
     step = PIECE // flat.element_size()
     packed = bits.numpy()
     for begin in range(0, len(flat), step):
-        piece = flat[begin : begin + step].cpu().view(_WIDTHS[flat.element_size()]).numpy()
+        piece = _plain(flat[begin : begin + step])
         mask = np.unpackbits(packed[begin // 8 :][: -(-len(piece) // 8)], count=len(piece), bitorder="little").view(
             np.bool_
         )
