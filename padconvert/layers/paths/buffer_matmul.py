@@ -10,7 +10,7 @@ from torch import Tensor
 
 from padconvert.layers.paths import buffer
 from padconvert.layers.paths.case import Case, compute_dtype
-from padconvert.layers.paths.cost import Machine, allocated, mixing
+from padconvert.layers.paths.cost import Machine, mixing, products
 from padconvert.layers.paths.parts import memory_format, mixed
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ def seconds(case: Case, machine: Machine) -> float:
     return (
         mixing(case, machine)
         + case.batch * case.dynamic_entries * (machine.copy if case.by_row else machine.scatter)
-        + case.batch * (case.macs * machine.product + case.entries * machine.reorder / 2 + machine.call / 2)
-        + allocated(case.batch * case.outputs, machine)
+        + products(case, machine)
+        + case.batch * machine.call / 2
     )
 
 

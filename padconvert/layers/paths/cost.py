@@ -25,6 +25,7 @@ class Machine:
     product: float  # of a batched matrix product
     grouped: float  # of a convolution with a group for every sample
     reorder: float  # an entry of a weight, brought into the form a convolution computes in, for every call
+    maps: float  # an entry of the input or output of a convolution, brought into that form and back
     read: float  # an entry of the experts, from memory
     mix: float  # a multiply-add of mixing
     copy: float  # an entry copied with its row
@@ -37,14 +38,13 @@ class Machine:
 
 #: fitted to one thread of an AMD EPYC (AVX-512)
 CPU = Machine(
-    block=16,
-    mac=19e-12, pointwise=22e-12, product=27e-12, grouped=24e-12, reorder=0.65e-9, read=0.1e-9, mix=0.11e-9,
-    copy=0.22e-9, scatter=0.95e-9, output=0.7e-9, fresh=1.4e-9, kept=8 << 20, call=20e-6,
+    block=16, mac=21e-12, pointwise=23.5e-12, product=27e-12, grouped=24.5e-12, reorder=0.75e-9, maps=0.1e-9,
+    read=0.1e-9, mix=0.115e-9, copy=0.235e-9, scatter=1e-9, output=0.69e-9, fresh=0.95e-9, kept=8 << 20, call=19e-6,
 )  # fmt: skip
 #: not measured: ratios of arithmetic to bandwidth as data sheets give them, and a call as long as a launch
 GPU = Machine(
     block=8,
-    mac=0.05e-12, pointwise=0.05e-12, product=0.06e-12, grouped=0.5e-12, reorder=0, read=2e-12, mix=0.5e-12,
+    mac=0.05e-12, pointwise=0.05e-12, product=0.06e-12, grouped=0.5e-12, reorder=0, maps=0, read=2e-12, mix=0.5e-12,
     copy=3e-12, scatter=10e-12, output=3e-12, fresh=0, kept=8 << 20, call=10e-6,
 )  # fmt: skip
 
@@ -60,8 +60,8 @@ def convolutions(case: Case, machine: Machine, calls: int, share: float = 1.0) -
     share = blocked(case, machine, share)
     mac = machine.pointwise if case.pointwise else machine.mac
     work = case.batch * case.macs * mac + calls * case.entries * machine.reorder
-    maps = case.inputs + round(case.outputs * share)
-    return share * work + calls * (machine.call + allocated(case.batch * maps // max(calls, 1), machine))
+    maps = case.batch * (case.inputs + round(case.outputs * share))
+    return share * work + maps * machine.maps + calls * (machine.call + allocated(maps // max(calls, 1), machine))
 
 
 def grouping(case: Case, machine: Machine, share: float = 1.0) -> float:
@@ -71,8 +71,15 @@ def grouping(case: Case, machine: Machine, share: float = 1.0) -> float:
     outputs = round(case.outputs * share)
     per_sample = case.macs * machine.grouped + case.entries * machine.reorder
     copied = placing(case.batch * outputs, machine) if calls > 1 else 0.0
-    maps = allocated(size * (case.inputs + outputs), machine)
-    return blocked(case, machine, share) * case.batch * per_sample + calls * (machine.call + maps) + copied
+    maps = case.inputs + outputs
+    through = case.batch * maps * machine.maps + calls * (machine.call + allocated(size * maps, machine))
+    return blocked(case, machine, share) * case.batch * per_sample + through + copied
+
+
+def products(case: Case, machine: Machine) -> float:
+    """All samples through their own matrices, which a product reorders in half a convolution's time."""
+    work = case.macs * machine.product + case.entries * machine.reorder / 2
+    return case.batch * work + allocated(case.batch * case.outputs, machine)
 
 
 def blocked(case: Case, machine: Machine, share: float) -> float:

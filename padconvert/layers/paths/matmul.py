@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from padconvert.layers.paths.case import Case, compute_dtype
-from padconvert.layers.paths.cost import Machine, mixing, placing, whole_weights
+from padconvert.layers.paths.cost import Machine, mixing, placing, products, whole_weights
 from padconvert.layers.paths.parts import memory_format, mixed
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def seconds(case: Case, machine: Machine) -> float:
     return (
         mixing(case, machine)
         + whole_weights(case, machine)
-        + case.batch * case.macs * machine.product
+        + products(case, machine)
         + placing(case.batch * case.inputs * any(step > 1 for step in case.stride), machine)
         + machine.call
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from padconvert.layers.paths.call import padded
 from padconvert.layers.paths.case import Case, case_of, compute_dtype
-from padconvert.layers.paths.cost import Machine, mixing, placing, whole_weights
+from padconvert.layers.paths.cost import Machine, mixing, placing, products, whole_weights
 from padconvert.layers.paths.parts import mixed
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def seconds(case: Case, machine: Machine) -> float:
     return (
         mixing(case, machine)
         + whole_weights(case, machine)
-        + case.batch * case.macs * machine.product
+        + products(case, machine)
         + placing(case.batch * windows, machine)
         + 2 * machine.call
     )
