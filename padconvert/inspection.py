@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from padconvert.account import idle_numbers, layer_results, planned_totals
-from padconvert.checkpoint.header import Header, open_regular, read_header
+from padconvert.checkpoint.header import Header
 from padconvert.checkpoint.layout import all_expected
 from padconvert.checkpoint.manifest import LayerEntry, Manifest
 from padconvert.checkpoint.read import is_artefact, read_checkpoint
 from padconvert.errors import NothingEligibleError
 from padconvert.layers.packed import UnitView
+from padconvert.listing import list_tensors, of_tensors, unconverted
 from padconvert.load import Source, open_source
 from padconvert.options import ConvertOptions
-from padconvert.plan import ITEMSIZE, Plan, TensorSizes, make_plan
+from padconvert.plan import ITEMSIZE, Plan, make_plan
 from padconvert.plan.cost import active_copies
 from padconvert.plan.decide import STATIC_ROLES
 from padconvert.results import Holdings, Inspection, LayerResult
 from padconvert.walk import LayerInfo, walk
 from padconvert.walk.probe import find_probe
-from padconvert.words import Kind, Reason, Verdict
-
-#: by the rank of a weight: what a tensor without its architecture most likely is
-RANKS = {2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}
+from padconvert.words import Reason, Verdict
 
 
 def inspect_file(path: str | Path, options: ConvertOptions) -> Inspection:
@@ -38,12 +36,8 @@ def inspect_file(path: str | Path, options: ConvertOptions) -> Inspection:
     path = Path(path)
     if is_artefact(path):
         return _of_artefact(path)
-    if options.arch is None and (header := _header(path)) is not None:
-        sizes = {
-            name: (slot.shape, slot.nbytes // max(math.prod(slot.shape), 1)) for name, slot in header.tensors.items()
-        }
-        dtypes = {name: slot.dtype for name, slot in header.tensors.items()}
-        return _of_tensors(path, "safetensors", header.file_size, sizes, dtypes)
+    if options.arch is None and (listed := list_tensors(path)) is not None:
+        return listed
     source = open_source(
         path,
         arch=options.arch,
@@ -51,6 +45,7 @@ def inspect_file(path: str | Path, options: ConvertOptions) -> Inspection:
         trust=options.trust,
         state_key=options.state_key,
         hash=False,
+        intact=False,
     )
     return _of_source(path, source, options)
 
@@ -62,7 +57,7 @@ def _of_source(path: Path, source: Source, options: ConvertOptions) -> Inspectio
     sizes = {name: (tuple(tensor.shape), tensor.element_size()) for name, tensor in source.tensors.items()}
     if source.module is None:
         dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in source.tensors.items()}
-        return _of_tensors(path, source.kind, source.bytes, sizes, dtypes, source.notes)
+        return of_tensors(path, source.kind, source.bytes, sizes, dtypes, source.notes)
     shape = None if options.input_shape is None else (1, *options.input_shape)
     probe = find_probe(source.module, shape)
     found = walk(source.module, probe)
@@ -75,7 +70,7 @@ def _of_source(path: Path, source: Source, options: ConvertOptions) -> Inspectio
             str(path),
             source.kind,
             source.bytes,
-            _unconverted(layers, sizes, source.bytes),
+            unconverted(layers, sizes, source.bytes),
             layers,
             (*notes, str(error)),
         )
@@ -114,51 +109,6 @@ def _predicted(plan: Plan, source_bytes: int) -> Holdings:
     shared = {field.name for field in fields(Holdings)} & {field.name for field in fields(totals)} - {"bytes_header"}
     alike: dict[str, Any] = {name: getattr(totals, name) for name in shared}
     return Holdings(layers=len(plan.layers), converted=len(plan.converted), **alike)
-
-
-# ---- tensors without an architecture
-
-
-def _header(path: Path) -> Header | None:
-    """The header of a safetensors file; None for a file of another kind."""
-    if path.is_dir():
-        return None
-    with open_regular(path) as file:
-        start = file.read(9)
-    return read_header(path) if start[8:] == b"{" else None
-
-
-def _of_tensors(
-    path: Path, kind: str, size: int, sizes: TensorSizes, dtypes: Mapping[str, str], notes: tuple[str, ...] = ()
-) -> Inspection:
-    """Every weight that looks like a layer's, as kind `unknown`: only the architecture tells what it is."""
-    layers = tuple(_unknown(name, shape, dtypes[name]) for name, (shape, _) in sizes.items() if _is_weight(name, shape))
-    told = "name the architecture with --arch PKG.MOD:FACTORY to see what can be converted"
-    return Inspection(str(path), kind, size, _unconverted(layers, sizes, size), layers, (*notes, told))
-
-
-def _is_weight(name: str, shape: tuple[int, ...]) -> bool:
-    return name.rpartition(".")[2] == "weight" and len(shape) in RANKS
-
-
-def _unknown(name: str, shape: tuple[int, ...], dtype: str) -> LayerResult:
-    return LayerResult(
-        name=name.rpartition(".")[0],
-        aliases=(),
-        kind=Kind.UNKNOWN.value,
-        verdict=Verdict.INELIGIBLE,
-        reason=Reason.NO_ARCHITECTURE,
-        detail=f"a {RANKS[len(shape)]}, going by its shape",
-        dtype=dtype,
-        weight_shape=shape,
-    )
-
-
-def _unconverted(layers: tuple[LayerResult, ...], sizes: TensorSizes, source_bytes: int) -> Holdings:
-    """Totals of a source of which nothing would be converted."""
-    numbers = sum(math.prod(shape) for shape, _ in sizes.values())
-    size = sum(math.prod(shape) * itemsize for shape, itemsize in sizes.values())
-    return Holdings(len(layers), 0, numbers, None, None, source_bytes, None, None, tensor_bytes_source=size)
 
 
 # ---- an artefact

@@ -6,7 +6,10 @@ import importlib.metadata
 import json
 import os
 import re
+import resource
+import shutil
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -235,3 +238,275 @@ def test_a_special_file_is_refused_unread(kind: str, in_tmp: Path, capsys: pytes
         assert (code, err.count("\n")) == (4, 1)
         assert str(in_tmp) not in err
     assert time.monotonic() - begun < 5
+
+
+# ---- attributes that contradict the tensors
+
+
+def told(layer: int, **attributes: Any) -> nn.Sequential:
+    made = net()
+    made[layer].__dict__.update(attributes)
+    return made
+
+
+LIES: dict[str, tuple[int, dict[str, Any], str]] = {
+    "in_channels": (0, {"in_channels": 10**6}, "in_channels is 1000000, but its weight is"),
+    "out_channels": (2, {"out_channels": 9}, "out_channels is 9, but its weight is"),
+    "padding": (0, {"padding": (1500, 1500)}, "reaches far past its kernel"),
+    "padding in words": (0, {"padding": "../../etc"}, "padding is '../../etc'"),
+    "padding of another mode": (
+        0, {"padding_mode": "circular", "_reversed_padding_repeated_twice": [10**9] * 4}, "would be padded by",
+    ),
+    "stride": (0, {"stride": (-1, 1)}, "stride is"), "no stride": (0, {"stride": (0, 0)}, "stride is"),
+    "groups": (0, {"groups": 0}, "groups is 0"), "dilation": (0, {"dilation": (10**9, 10**9)}, "dilation is"),
+    "kernel": (0, {"kernel_size": (5, 5)}, "kernel_size is"), "a mode": (0, {"padding_mode": "x"}, "padding_mode is"),
+    "in_features": (5, {"in_features": 10**12}, "in_features is"), "truth": (5, {"out_features": True}, "out_features"),
+    "a pool": (3, {"output_size": (10**5, 10**5)}, "output_size is"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(LIES))
+def test_a_layer_that_lies_about_its_size_is_refused_by_name(
+    name: str, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer, attributes, said = LIES[name]
+    torch.save(told(layer, **attributes), "model.pt")
+    for code, err in both("model.pt", capsys):
+        assert code == 4
+        assert f"layer '{layer}' is a {type(net()[layer]).__name__} whose {said}"[: len(f"layer '{layer}'")] in err
+        assert said in err
+    assert not (in_tmp / "out.st").exists()
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_layers_that_tell_the_truth_load() -> None:
+    from padconvert.load import open_source
+
+    model = nn.ModuleList([
+        nn.Conv1d(4, 8, 3, padding="same", dilation=512), nn.Conv1d(4, 4, 31, padding=30 * 64, dilation=64, groups=4),
+        nn.Conv2d(4, 6, (3, 1), padding=(1, 0), padding_mode="reflect", groups=2),
+        nn.ConvTranspose2d(4, 6, 3, groups=2),
+        nn.Conv2d(4, 6, 4, padding="same", padding_mode="circular"), nn.Conv3d(1, 2, 3), nn.Linear(3, 4, bias=False),
+        nn.Embedding(5, 3), nn.EmbeddingBag(5, 3), nn.BatchNorm2d(3), nn.BatchNorm1d(3, affine=False),
+        nn.GroupNorm(2, 4),
+        nn.LayerNorm((2, 3)), nn.RMSNorm(4), nn.InstanceNorm2d(3), nn.LSTM(3, 4, 2, bidirectional=True, proj_size=2),
+        nn.AdaptiveAvgPool2d((None, 7)), nn.AdaptiveMaxPool1d(3), nn.Upsample(scale_factor=2), nn.ZeroPad2d(-1),
+        nn.Upsample(size=(7, 7)), nn.ReflectionPad1d(3), nn.MultiheadAttention(4, 2), nn.Bilinear(2, 3, 4),
+    ])  # fmt: skip
+    torch.save(model, "model.pt")
+    module = open_source("model.pt").module
+    assert module is not None
+    assert [type(each) for each in module] == [type(each) for each in model]
+
+
+# ---- bytes that changed, and pickles of other makers
+
+
+@pytest.mark.parametrize("what", ["a module", "a state dict"])
+def test_a_flipped_bit_of_a_weight_is_found(what: str, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = net()
+    torch.save(made if what == "a module" else made.state_dict(), "model.pt")
+    raw = bytearray((in_tmp / "model.pt").read_bytes())
+    values = made[2].weight.detach().numpy().tobytes()
+    raw[raw.index(values) + 5] ^= 1
+    (in_tmp / "model.pt").write_bytes(raw)
+    from padconvert.load import open_source
+
+    with pytest.raises(FileError, match=r"the record '2' is damaged"):
+        open_source("model.pt")
+    if what == "a module":
+        assert ran("convert", "model.pt", "-o", "out.st", capsys=capsys)[0] == 4
+        assert ran("inspect", "model.pt", capsys=capsys)[0] == 0  # reads no values
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_torch_may_leave_checksums_out() -> None:
+    from padconvert.load import open_source
+
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(net(), "model.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert open_source("model.pt").module is not None
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, ("touch canary",)
+
+
+@pytest.mark.parametrize("make", [*range(6), "instance", "truncated legacy", "behind an empty one", "before a zip"])
+def test_a_pickle_of_no_model_is_judged_by_what_it_names(
+    make: int | str, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import pickle
+
+    evil = pickle.dumps({"a": [Evil()]}, 2)
+    torch.save(net(), "good.pt")
+    head = b"".join(pickle.dumps(each, 2) for each in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
+    data = {
+        "instance": b"(S'touch canary'\nios\nsystem\n.",
+        "truncated legacy": head + evil,
+        "behind an empty one": pickle.dumps({}, 2) + evil,
+        "before a zip": evil + (in_tmp / "good.pt").read_bytes(),
+    }
+    raw = pickle.dumps({"a": [Evil()]}, make) if isinstance(make, int) else data[make]
+    (in_tmp / "model.pt").write_bytes(raw)
+    assert [code for code, _ in both("model.pt", capsys)] == [6, 6]
+    document = json.loads(ran("inspect", "model.pt", "--audit", "--json", capsys=capsys)[1])
+    assert document["verdict"] == "refused"
+    assert [name["name"] for name in document["names"] if not name["allowed"]] in (["posix.system"], ["os.system"])
+    assert not (in_tmp / "canary").exists()
+
+
+def test_text_is_still_text(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("hello there\n", ".\n", "c\n", "import os\nos.system('x')\n", "item\nvalue\n", "cat\ndog\nbird\n"):
+        (in_tmp / "model.pt").write_text(text)
+        assert [code for code, _ in both("model.pt", capsys)] == [4, 4]
+
+
+# ---- directories of transformers
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=2,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("bert") / "model"
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def planted(kind: str, folder: Path) -> None:
+    match kind:
+        case "a link out":
+            os.symlink("/etc/passwd", folder / "vocab.txt")
+        case "a pipe":
+            os.mkfifo(folder / "special_tokens_map.json")
+        case "a file with holes":
+            with (folder / "tokenizer.json").open("wb") as file:
+                file.truncate(1 << 37)
+        case "nothing":
+            (folder / "vocab.txt").write_text("a")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("kind", "code", "said"),
+    [
+        ("nothing", 0, ""), ("a link out", 6, "leads out of the directory"), ("a pipe", 4, "no regular file"),
+        ("a file with holes", 4, "tokenizer.json is the largest, 137,438,953,472"),
+    ],
+)  # fmt: skip
+def test_what_lies_beside_weights_is_judged_the_same_by_audit_and_convert(
+    kind: str, code: int, said: str, bert: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(bert, "model")
+    planted(kind, in_tmp / "model")
+    for found, err in both("model", capsys):
+        assert found == code
+        assert said in err
+
+
+HUGE = {"vocab_size": 10**11, "intermediate_size": 10**10, "max_position_embeddings": 10**10}
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("key", list(HUGE))
+def test_a_config_that_asks_for_more_than_is_stored_is_refused_before_memory_is_touched(
+    key: str, bert: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(bert, "model")
+    config = json.loads((in_tmp / "model/config.json").read_text())
+    for size in (HUGE[key], 10**7):  # what no machine has, and what one would fill
+        (in_tmp / "model/config.json").write_text(json.dumps(config | {key: size}))
+        before, begun = peak(), time.monotonic()
+        for code, err in both("model", capsys):
+            assert code == 4
+            assert "config" in err
+        assert peak() - before < 500
+        assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize("key", list(HUGE))
+def test_so_is_that_of_an_artefact(key: str, bert: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from padconvert.checkpoint.read import read_checkpoint
+    from padconvert.load import rebuild
+
+    assert ran("convert", str(bert), "-o", "out", "-q", capsys=capsys)[0] == 0
+    checkpoint = read_checkpoint(in_tmp / "out")
+    architecture = json.loads(json.dumps(checkpoint.manifest.architecture))
+    names = [name for entry in checkpoint.manifest.layers for name in (entry.name, *entry.aliases)]
+    assert names
+    absent = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
+    kept = {name: checkpoint.tensor(name) for name in checkpoint.header.tensors if "_" not in name.split(".")[-1]}
+    for size in (HUGE[key], 10**8):
+        architecture["config"][key] = size
+        before = peak()
+        with pytest.raises(FileError, match=r"the artefact's config: "):
+            rebuild(architecture, kept, (), absent)
+        assert peak() - before < 500
+
+
+# ---- words of a call
+
+
+@pytest.mark.parametrize("words", [["--max-accuracy-drop", "0"], ["--lr", "0"]])
+def test_a_bound_of_nothing_needs_data_too(words: list[str], in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(net(), "model.pt")
+    code, _, err = ran("convert", "model.pt", "-o", "out.st", *words, capsys=capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert words[0] in err
+    assert not (in_tmp / "out.st").exists()
+
+
+# ---- exported programs
+
+
+def _conv_to_empty(program: dict[str, Any]) -> None:
+    nodes = program["graph_module"]["graph"]["nodes"]
+    node = next(node for node in nodes if "conv2d" in node["target"])
+    node["target"] = "torch.ops.aten.empty.memory_format"
+
+
+LIES_OF_PROGRAMS: dict[str, tuple[Any, str]] = {
+    "limits upside down": (
+        lambda program: [limits.update(min_val=100, max_val=2) for limits in program["range_constraints"].values()],
+        "the limits of s",
+    ),
+    "operators of 999": (lambda program: program.update(opset_version={"aten": 999}), "operators of version 999"),
+    "operators of none": (lambda program: program.update(opset_version={}), "operators of version None"),
+    "a convolution that is empty": (_conv_to_empty, "aten.empty.memory_format"),
+    "no number": (lambda program: program.update(x=float("nan")), "NaN is no number"),
+}
+
+
+@pytest.mark.usefixtures("in_tmp")
+@pytest.mark.parametrize("name", list(LIES_OF_PROGRAMS))
+def test_a_program_that_contradicts_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    change, said = LIES_OF_PROGRAMS[name]
+    shapes = ({0: torch.export.Dim("batch", max=64)},)
+    program = torch.export.export(net(), (torch.zeros(2, 1, 8, 8),), dynamic_shapes=shapes)
+    torch.export.save(program, "sound.pt2")
+    assert ran("inspect", "sound.pt2", "--audit", capsys=capsys)[0] == 0
+    with zipfile.ZipFile("sound.pt2") as source, zipfile.ZipFile("model.pt2", "w") as target:
+        for member in source.namelist():
+            data = source.read(member)
+            if member.endswith("models/model.json"):
+                document = json.loads(data)
+                change(document)
+                data = json.dumps(document).encode()
+            target.writestr(member, data)
+    for code, err in both("model.pt2", capsys):
+        assert code == 4
+        assert said in err

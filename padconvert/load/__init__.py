@@ -44,9 +44,11 @@ def open_source(
     trust: Sequence[str] = (),
     state_key: str | None = None,
     hash: bool = True,
+    intact: bool = True,
 ) -> Source:
     """Opens a saved model; see `Source`. `state_key` is the entry of a checkpoint to take, such as `ema`; `hash=False`
-    leaves the checksum out, which would read the whole file.
+    leaves the checksum out, which would read the whole file; `intact=False` trusts that the records of a file that
+    torch.save wrote are as they were written.
 
     Raises FileError (damaged, not a model, another architecture, NaN in a parameter), UnsafeError (names code that
     is not allowed), UsageError (`arch` or `trust` malformed, nothing under `state_key`).
@@ -63,8 +65,8 @@ def open_source(
     if arch_args and not arch:
         raise UsageError("--arch-arg needs --arch, the factory that takes it.")
     if place.is_dir() and detect(place) is InputKind.TRANSFORMERS:
-        return _open_directory(place, packages, arch, state_key, hash)
-    kind, module, tensors, notes = _load(place, packages, state_key)
+        return _open_directory(place, packages, arch, state_key, hash, intact)
+    kind, module, tensors, notes = _load(place, packages, state_key, intact)
     if module is not None and architecture is not None:
         raise UsageError(f"{place}: holds a whole model, so --arch has nothing to build. Leave --arch away.")
     if module is None and architecture is not None:
@@ -91,12 +93,14 @@ def open_source(
     )
 
 
-def _open_directory(place: Path, trust: tuple[str, ...], arch: str | None, key: str | None, hash: bool) -> Source:
+def _open_directory(
+    place: Path, trust: tuple[str, ...], arch: str | None, key: str | None, hash: bool, intact: bool
+) -> Source:
     for option, value in (("--arch", arch), ("--state-key", key)):
         if value is not None:
             raise UsageError(f"{option} {value}: {place} is a transformers directory, whose config.json says what it "
                              f"holds. Leave {option} away.")  # fmt: skip
-    loaded = load_directory(place, trust)
+    loaded = load_directory(place, trust, intact)
     check_finite(loaded.module, str(place))
     return Source(
         place,
@@ -110,13 +114,13 @@ def _open_directory(place: Path, trust: tuple[str, ...], arch: str | None, key: 
     )
 
 
-def _load(path: Path, trust: tuple[str, ...], key: str | None) -> Loaded:
+def _load(path: Path, trust: tuple[str, ...], key: str | None, intact: bool) -> Loaded:
     kind = detect(path)
     if key is not None and kind is not InputKind.PICKLE:
         raise UsageError(f"--state-key {key}: {path} is no checkpoint of several entries. Leave it away.")
     match kind:
         case InputKind.PICKLE:
-            return load_pickled(path, trust, key)
+            return load_pickled(path, trust, key, intact)
         case InputKind.SAFETENSORS:
             tensors, notes = load_safetensors(path)
             return "safetensors", None, tensors, notes

@@ -77,7 +77,7 @@ def _region(file: MappedFile, info: zipfile.ZipInfo, writer: str) -> Region:
         raise UnsafeError(f"{file.path}: member {info.filename!r} contradicts its own header. Save it again.")
     if start + info.file_size > file.size:
         raise FileError(f"{file.path}: member {info.filename!r} is cut off. Save or download it again.")
-    return Region(start, info.file_size)
+    return Region(start, info.file_size, info.CRC)
 
 
 def _check_layout(file: MappedFile, infos: list[zipfile.ZipInfo], regions: dict[str, Region], writer: str) -> None:

@@ -80,7 +80,7 @@ def _audit_directory(folder: Path, trust: tuple[str, ...]) -> Audit:
         refused += sorted({name for found in of_weights for name in found.refused})
         cls = class_named(files.config, str(folder))
         names.append(f"{cls.__module__}.{cls.__name__}")
-        load_directory(folder, trust)
+        load_directory(folder, trust, intact=False)
     except (UnsafeError, FileError) as error:
         return Audit("transformers", names, refused, str(error), unsafe=isinstance(error, UnsafeError))
     return Audit("transformers", names, [], "loads")
@@ -131,19 +131,26 @@ def _listed(names: Iterable[NameNode]) -> list[str]:
 
 
 def _audit_pickle(path: Path, trust: tuple[str, ...]) -> Audit:
+    met: list[NameNode] = []
     try:
-        pickled = read(path)
+        pickled = read(path, met)
     except UnsafeError as error:
-        return Audit("pickle", [], [], str(error), unsafe=True)
+        return Audit("pickle", _listed(met), _listed(refused_names(met, trust)), str(error), unsafe=True)
+    except FileError:
+        if found := _by_names(met, trust, str(path)):
+            return found
+        raise
     names = _listed(pickled.tree.names)
-    refused = [name.full for name in refused_names(pickled.tree.names, trust)]
-    if not refused:
-        return _verdict(pickled, names, trust, str(path))
+    return _by_names(pickled.tree.names, trust, str(path)) or _verdict(pickled, names, trust, str(path))
+
+
+def _by_names(met: list[NameNode], trust: tuple[str, ...], where: str) -> Audit | None:
+    """The verdict where a name is refused, whatever else is the matter with the file."""
     try:
-        check_names(pickled.tree.names, trust, str(path))
+        check_names(met, trust, where)
     except UnsafeError as error:
-        return Audit("pickle", names, refused, str(error), unsafe=True)
-    raise AssertionError(refused)
+        return Audit("pickle", _listed(met), [name.full for name in refused_names(met, trust)], str(error), unsafe=True)
+    return None
 
 
 def _verdict(pickled: Pickled, names: list[str], trust: tuple[str, ...], where: str) -> Audit:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from padconvert.allow import FUNCTIONS, TYPES, hint, inside
 from padconvert.errors import FileError, UnsafeError
+from padconvert.load.attributes import check_attributes
 from padconvert.load.names import resolve
 from padconvert.load.nodes import (
     MemberNode,
@@ -102,6 +103,7 @@ class _Builder:
         made = self.value(root)
         if isinstance(made, nn.Module):
             self.check_depth(made)
+            check_attributes(made, self.where)
         return made
 
     def refuse(self, what: str) -> NoReturn:

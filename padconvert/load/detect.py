@@ -11,6 +11,7 @@ from padconvert.checkpoint.header import open_regular
 from padconvert.checkpoint.read import is_artefact
 from padconvert.errors import FileError
 from padconvert.load.directory_files import CONFIG, not_a_directory
+from padconvert.load.reader import mentions_code
 
 
 class InputKind(StrEnum):
@@ -97,6 +98,8 @@ def _detect_rest(place: Path, head: bytes) -> InputKind:
         raise FileError(f"{place}: a tar file. Load it once with the torch it came from, then: {_NEXT}.")
     # protocols 0 and 1 have no mark of their own, but torch's old format begins with its magic number
     if head[0] == 0x80 or head.startswith(b"L119547037146038801333356L"):
+        return InputKind.PICKLE
+    if mentions_code(place):
         return InputKind.PICKLE
     if _is_text(head):
         raise FileError(f"{place}: a text file, not a saved model. {_NEXT}.")

@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from padconvert.checkpoint.header import quote, read_header
 from padconvert.checkpoint.read import open_tensors
 from padconvert.errors import FileError
+from padconvert.export.directory import other_files
 from padconvert.load.directory_build import DTYPES, architecture_record, load_pretrained
 from padconvert.load.directory_class import class_named, plain_config, transformers_package
 from padconvert.load.directory_files import Directory, read_directory
 from padconvert.load.pickled_file import load_pickled, network_bytes
 from padconvert.load.state_dict import tensor_names
+
+#: a tokenizer and its tables are a few ten megabytes
+_MOST_BESIDE = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,23 +35,38 @@ class LoadedDirectory:
     notes: tuple[str, ...]
 
 
-def load_directory(folder: Path, trust: tuple[str, ...] = ()) -> LoadedDirectory:
+def load_directory(folder: Path, trust: tuple[str, ...] = (), intact: bool = True) -> LoadedDirectory:
     """The model of a directory as transformers' own from_pretrained gives it, in the dtype of its files.
 
-    Nothing that came with it is run. `trust` widens what may stand in a pickled file, as for any pickled file.
-    Raises FileError (damaged, incomplete, unknown to transformers), UnsafeError (a name that leads out of the folder,
-    a pickle that asks for code, a class that is code of the model's own).
+    Nothing that came with it is run. `trust` widens what may stand in a pickled file, as for any pickled
+    file; `intact` is that of `load_pickled`.
+    Raises FileError (damaged, incomplete, unknown to transformers, too much beside the weights), UnsafeError (a name
+    that leads out of the folder, a pickle that asks for code, a class that is code of the model's own).
     """
     where = str(folder)
     transformers_package(where)
     files = read_directory(folder)
+    _check_beside(folder)
     cls = class_named(files.config, where)
     config = plain_config(files.config, where)
-    tensors, read = _tensors(files, trust)
+    tensors, read = _tensors(files, trust, intact)
     dtype, mixed = _dtype(tensors, files.config, where)
     module, built = load_pretrained(cls, config, tensors, dtype, where)
     notes = (*_notes_on(files), *read, *mixed, *built)
     return LoadedDirectory(files, module, architecture_record(cls, config, dtype), notes)
+
+
+def _check_beside(folder: Path) -> None:
+    """What lies beside the weights is copied into a converted directory. Raises as `other_files` does, and FileError
+    where it is more than belongs to a model."""
+    sizes = {path: path.stat().st_size for path, _ in other_files(folder)}
+    if sum(sizes.values()) > _MOST_BESIDE:
+        largest = max(sizes, key=lambda path: sizes[path])
+        raise FileError(
+            f"{folder}: {sum(sizes.values()):,} bytes lie beside its weights ({largest.relative_to(folder)} is the "
+            f"largest, {sizes[largest]:,}), and would be copied; at most {_MOST_BESIDE:,} are. "
+            "Take out what is not part of the model."
+        )
 
 
 def directory_bytes(folder: Path) -> int:
@@ -65,12 +84,12 @@ def _notes_on(files: Directory) -> tuple[str, ...]:
     return (f"code that came with the model was not run: {', '.join(code)}",) if code else ()
 
 
-def _tensors(files: Directory, trust: tuple[str, ...]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def _tensors(files: Directory, trust: tuple[str, ...], intact: bool) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """All tensors by their names in the files, wrappers' prefixes stripped, and notes."""
     tensors: dict[str, Tensor] = {}
     notes: list[str] = []
     for path, listed in files.shards.items():
-        held, said = _of_pickle(path, trust) if path.suffix == ".bin" else (_of_safetensors(path), ())
+        held, said = _of_pickle(path, trust, intact) if path.suffix == ".bin" else (_of_safetensors(path), ())
         notes.extend(said)
         absent = sorted((listed or frozenset()) - held.keys())
         if absent:
@@ -94,8 +113,8 @@ def _of_safetensors(path: Path) -> dict[str, Tensor]:
         raise FileError(f"{path}: {error}") from None
 
 
-def _of_pickle(path: Path, trust: tuple[str, ...]) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
-    kind, module, tensors, notes = load_pickled(path, trust)
+def _of_pickle(path: Path, trust: tuple[str, ...], intact: bool) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
+    kind, module, tensors, notes = load_pickled(path, trust, intact=intact)
     if module is not None or kind != "state_dict":
         raise FileError(
             f"{path}: holds a {kind}, where a transformers directory has a state dict. Name that file itself, "

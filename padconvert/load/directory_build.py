@@ -27,6 +27,9 @@ _SHOWN = 4
 _PARTS_A_TENSOR = 16
 _PARTS = 2_000
 _BUFFER_BYTES = 1 << 28
+# what is not stored, a new head or a layer that is swapped, is no larger than this and so many times all that is
+_ABSENT_BYTES = 1 << 26
+_ABSENT_TIMES = 16
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -63,6 +66,9 @@ def _loaded(
 ) -> tuple[nn.Module, Mapping[str, Any]]:
     made = config_for(cls, config, where)
     loader: Any = cls
+    outline = _outline(cls, config, dtype, len(tensors), _bytes(tensors.values()), where)
+    _check_sizes(outline, tensors, where)
+    del outline
     with alone(where), _bounds(len(tensors), _bytes(tensors.values()), where), _plain_failure(cls, where):
         module, info = loader.from_pretrained(
             None, config=made, state_dict=dict(tensors), dtype=dtype, local_files_only=True, trust_remote_code=False,
@@ -70,6 +76,42 @@ def _loaded(
         )  # fmt: skip
     _check_loaded(module, info, where)
     return module, info
+
+
+def _outline(
+    cls: type[nn.Module], config: Mapping[str, Any], dtype: torch.dtype, parts: int, stored: int, where: str
+) -> nn.Module:
+    """The network without values: whatever its config asks for, nothing is allocated."""
+    with contextlib.ExitStack() as inside:
+        for each in (alone(where), _bounds(parts, stored, where), _plain_failure(cls, where)):
+            inside.enter_context(each)
+        for setting in (torch.device("meta"), _default_dtype(dtype)):
+            inside.enter_context(setting)
+        made: nn.Module = cls(_with_dtype(config_for(cls, config, where), dtype))
+    return made
+
+
+def _check_sizes(outline: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raises FileError where a tensor has another shape than the network's of this name, or more is asked for than is
+    stored: transformers would make room for it, and fill it."""
+    other = [
+        f"{name} is {list(tensors[name].shape)}, the config's {list(own.shape)}"
+        for name, own in sorted(_owners(outline).items())
+        if name in tensors and own.shape != tensors[name].shape
+    ]
+    if other:
+        raise FileError(f"{where}: {len(other)} tensors are of another shape than its config says ({_first(other)}).")
+    _check_absent(outline, _bytes(tensors.values()), where)
+
+
+def _check_absent(outline: nn.Module, stored: int, where: str) -> None:
+    """Raises FileError where a parameter is far larger than all that is stored."""
+    for name, own in outline.named_parameters():
+        if _bytes([own]) > _ABSENT_BYTES + _ABSENT_TIMES * stored:
+            raise FileError(
+                f"{where}: its config asks for a parameter {quote(name)} of {_bytes([own]):,} bytes, and all of its "
+                f"tensors hold {stored:,}. It is the config of another network, or damaged."
+            )
 
 
 def _missing(module: nn.Module, info: Mapping[str, Any]) -> list[str]:
@@ -94,10 +136,10 @@ def rebuild_transformers(
     cls = model_class(architecture.get("class"), where)
     plain = plain_config(config, where)
     parts, size = len(tensors) + len(missing_ok), _bytes(tensors.values())
-    with alone(where), _bounds(parts, size, where), _plain_failure(cls, where):
-        with torch.device("meta"), _default_dtype(dtype):
-            outline: nn.Module = cls(_with_dtype(config_for(cls, plain, where), dtype))
-        _check_fit(outline, tensors, missing_ok, where)
+    outline = _outline(cls, plain, dtype, parts, size, where)
+    _check_fit(outline, tensors, missing_ok, where)
+    _check_absent(outline, size, where)
+    del outline
     # once more for the buffers' values: what is not stored can only be computed
     with alone(where), _bounds(parts, size, where, meta=True), _plain_failure(cls, where), _default_dtype(dtype):
         module: nn.Module = cls(_with_dtype(config_for(cls, plain, where), dtype))

@@ -178,6 +178,7 @@ def _tensors(file: MappedFile, regions: Mapping[str, Region], folder: str) -> di
     if not isinstance(entries, dict):
         raise FileError(f"{file.path}: {config} lists no tensors. {EXPORT_AGAIN}")
     storages = Storages(file, dict(regions))
+    storages.intact = True
     made: dict[View, Tensor] = {}
     found: dict[str, Tensor] = {}
     for name, entry in entries.items():

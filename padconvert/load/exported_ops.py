@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from padconvert.errors import FileError, printable
+
 _ATEN = """
 __and__ __lshift__ __or__ __rshift__ __xor__ _adaptive_avg_pool2d _adaptive_avg_pool3d _assert_async _assert_scalar
 _assert_tensor_metadata _cdist_forward _embedding_bag _euclidean_dist _fused_rms_norm _local_scalar_dense _log_softmax
@@ -96,3 +98,13 @@ def operation(name: str) -> Callable[..., Any] | None:
     _, packet, overload = name.split(".")
     found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
     return found if isinstance(found, torch._ops.OpOverload) else None
+
+
+def check_operators(version: object, where: str) -> None:
+    """Raises FileError for operators of a version that this torch does not know."""
+    newest = torch._C._get_max_operator_version()
+    if type(version) is not int or not 1 <= version <= newest:
+        raise FileError(
+            f"{where}: exported with operators of version {printable(repr(version))[:40]}, and torch "
+            f"{torch.__version__} knows 1 to {newest}. Update torch, or export the model again with this one."
+        )

@@ -20,7 +20,7 @@ import json
 import math
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
@@ -151,8 +151,11 @@ class _Check:
         for value in (*args, *kwargs.values()):
             self.value(value)
         if isinstance(function, torch._ops.OpOverload):
-            names = [argument.name for argument in function._schema.arguments]
+            given = function._schema.arguments
+            names = [argument.name for argument in given]
             self.require(len(args) <= len(names) and set(kwargs) <= set(names[len(args) :]), op)
+            for argument in given[: len(args)]:
+                self.require(_fits(str(argument.type), args[names.index(argument.name)]), op)
         else:
             self.require(not kwargs, op)
 
@@ -221,6 +224,12 @@ class _Check:
         self.require(len(set(names)) == len(names) and len(set(words)) == len(words), names)
 
 
+def _fits(kind: str, value: object) -> bool:
+    """Whether a value is of the kind of argument: a tensor has a name, a list of numbers has none."""
+    named = isinstance(value, dict) and "n" in value
+    return named if kind == "Tensor" else not (named and kind.startswith("List["))
+
+
 def check_targets(targets: list[str], where: str) -> None:
     """Raises FileError where two tensors' names cannot both be, or one would hide what every module has."""
     taken = set(targets)
@@ -244,10 +253,14 @@ def parse(data: bytes, what: str) -> Any:
     if len(data) > MAX_DOCUMENT or sum(data.count(mark) for mark in (b",", b"[", b"{")) > MAX_MARKS:
         raise FileError(f"{what} is too large to be an exported program ({len(data)} bytes). {EXPORT_AGAIN}")
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise FileError(f"{what} is not valid JSON ({reason}). Save or download it again.") from None
+
+
+def _no_number(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Json:

@@ -39,6 +39,15 @@ def ranges_of(constraints: Mapping[str, object], inputs: Iterable[Json]) -> dict
     return {name: _range(constraints.get(name)) for name in sorted(names)}
 
 
+def check_ranges(constraints: Mapping[str, object], damaged: Callable[[object], Exception]) -> None:
+    """Raises `damaged(symbol)` where no size can be within torch's limits of it."""
+    for symbol, constraint in constraints.items():
+        limits = [constraint.get(key) for key in ("min_val", "max_val")] if isinstance(constraint, dict) else [()]
+        numbers = [limit for limit in limits if limit is not None]
+        if not all(type(number) is int for number in numbers) or numbers != sorted(numbers):
+            raise damaged(f"the limits of {symbol}")
+
+
 def _range(constraint: object) -> list[Any]:
     given = constraint if isinstance(constraint, dict) else {}
     low, high = given.get("min_val"), given.get("max_val")

@@ -21,8 +21,8 @@ from padconvert.load.exported_grammar import (
     read_treespec,
     shown,
 )
-from padconvert.load.exported_ops import DROPPED
-from padconvert.load.exported_sizes import ranges_of, symbols_of
+from padconvert.load.exported_ops import DROPPED, check_operators
+from padconvert.load.exported_sizes import check_ranges, ranges_of, symbols_of
 
 SCHEMA_MAJOR = 8
 _DTYPES = {
@@ -121,11 +121,13 @@ class _Reader:
                 f"{self.where}: an exported program of schema {shown(version.get('major'))}; {SCHEMA_MAJOR} is known "
                 "here. Export the model again with torch 2.11 or newer (torch.export.save)."
             )
+        check_operators(self.part(program, "opset_version", dict).get("aten"), self.where)
         for expression in expressions_of(program):
             check_expression(expression, self.where)
         constraints = self.part(program, "range_constraints", dict)
         for symbol in constraints:
             check_expression(symbol, self.where)
+        check_ranges(constraints, self.damaged)
         module = self.part(program, "graph_module", dict)
         graph, signature = self.part(module, "graph", dict), self.part(module, "signature", dict)
         self.values = self.part(graph, "tensor_values", dict)

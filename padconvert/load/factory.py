@@ -99,7 +99,7 @@ def _imported(ref: str) -> Any:
         if not hasattr(found, part):
             raise UsageError(f"--arch {ref}: '{module}' has no '{name}'.{_meant(found, part)}")
         found = getattr(found, part)
-        if not _is_of(found, module.partition(".")[0]):
+        if (inspect.ismodule(found) or callable(found)) and not _is_of(found, module.partition(".")[0]):
             raise UsageError(
                 f"--arch {ref}: '{part}' comes from another package than '{module}'. Write a function that calls it "
                 "into that file, and name the function."

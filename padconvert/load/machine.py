@@ -52,12 +52,13 @@ _MARK = _Mark()
 _Slot = Value | _Mark
 
 
-def parse(source: Readable | bytes, where: str) -> Tree:
-    """The tree of the one pickle that starts at `source`; a file is left right behind it.
+def parse(source: Readable | bytes, where: str, names: list[NameNode] | None = None) -> Tree:
+    """The tree of the one pickle that starts at `source`; a file is left right behind it. `names` gets every name in
+    it, also of a pickle that is damaged further on.
 
     Raises FileError for a damaged pickle, UnsafeError for opcodes that no saved model needs.
     """
-    machine = _Machine(where)
+    machine = _Machine(where, names)
     position: int | None = None
     try:
         for count, (opcode, argument, at) in enumerate(pickletools.genops(source)):  # type: ignore[arg-type]
@@ -80,8 +81,9 @@ def _short(error: Exception) -> str:
 class _Machine:
     """A pickle machine whose only results are nodes."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, met: list[NameNode] | None = None) -> None:
         self.where = where
+        self.met = met
         self.stack: list[_Slot] = []
         self.memo: dict[int, Value] = {}
         self.names: list[NameNode] = []
@@ -106,6 +108,9 @@ class _Machine:
         elif name in _HANDLERS:
             _HANDLERS[name](self, argument)
         else:
+            if name == "INST":
+                self.take_marked()
+                self.global_(argument)
             raise UnsafeError(f"{self.where}: pickle opcode {name} is never needed by a saved model. Save it again.")
 
     # the stack
@@ -236,6 +241,8 @@ class _Machine:
             module, name = "torch", name.removeprefix("_VariableFunctionsClass.")
         node = NameNode(_RENAMED.get(module, module), name)
         self.names.append(node)
+        if self.met is not None:
+            self.met.append(node)
         return node
 
     def reduce(self, _: object) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from padconvert.errors import FileError
 from padconvert.load.build import build
 from padconvert.load.names import check_names
-from padconvert.load.nodes import ObjectNode, TableNode, TensorNode, View, walk
+from padconvert.load.nodes import NameNode, ObjectNode, TableNode, TensorNode, View, walk
 from padconvert.load.reader import Pickled, read
 from padconvert.load.reductions import DTYPE_BYTES
 from padconvert.load.state_dict import find_network, tensor_names
@@ -20,19 +20,31 @@ from padconvert.load.state_dict import find_network, tensor_names
 Loaded = tuple[str, nn.Module | None, Mapping[str, Tensor], tuple[str, ...]]
 
 
-def load_pickled(path: Path, trust: tuple[str, ...], key: str | None = None) -> Loaded:
-    """(kind, the module where the file holds one, its tensors otherwise, notes). `key`: the entry to take it from.
+def load_pickled(path: Path, trust: tuple[str, ...], key: str | None = None, intact: bool = True) -> Loaded:
+    """(kind, the module where the file holds one, its tensors otherwise, notes). `key`: the entry to take it from;
+    `intact`: whether the records that are taken are held against their checksums, which reads them once.
 
     Raises UnsafeError where a name in the file is not allowed, FileError where there is no network in it, UsageError
     where there is none under `key`.
     """
-    pickled = read(path)
+    pickled = _read(path, trust)
+    pickled.storages.intact = intact
     check_names(pickled.tree.names, trust, str(path))
     found = find_network(pickled.tree.root, str(path), key)
     if isinstance(found.node, ObjectNode):
         return found.kind, _module(pickled, found.node, trust, path), {}, found.notes
     tensors, notes = _tensors(pickled, found.node, path)
     return found.kind, None, tensors, (*found.notes, *notes)
+
+
+def _read(path: Path, trust: tuple[str, ...]) -> Pickled:
+    """As `read`; of a file that is damaged, or no model, the names that it mentions count first."""
+    names: list[NameNode] = []
+    try:
+        return read(path, names)
+    except FileError:
+        check_names(names, trust, str(path))
+        raise
 
 
 def network_bytes(path: Path, key: str | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +25,12 @@ _SMALL = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A run of bytes in a file."""
+    """A run of bytes in a file, and its CRC32 where the file records one; 0 where it does not (torch can leave it out,
+    and its old format has none)."""
 
     start: int
     size: int
+    crc: int = 0
 
 
 class MappedFile:
@@ -51,6 +54,14 @@ class MappedFile:
 
     def read(self, region: Region) -> bytes:
         return self.map()[region.start : region.start + region.size]
+
+    def check(self, region: Region, what: str) -> None:
+        """Raises FileError, naming `what`, where the region's bytes are not those that were written. Nothing is
+        copied."""
+        with memoryview(self.map()) as whole, whole[region.start : region.start + region.size] as part:
+            found = zlib.crc32(part)
+        if region.crc not in (0, found):
+            raise FileError(f"{self.path}: {what} is damaged: its checksum is not the recorded one. Download it again.")
 
     def storage(self, region: Region) -> torch.UntypedStorage:
         """The region as a storage of its own; copied where it is small, or its place in the file is not aligned."""
@@ -78,12 +89,14 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 class Storages:
-    """The storages of one pickle, and the tensors that are views of them. Shared storages stay shared."""
+    """The storages of one pickle, and the tensors that are views of them. Shared storages stay shared. With `intact`
+    each is held against its recorded checksum before its first tensor is made."""
 
     def __init__(self, file: MappedFile, regions: dict[str, Region]) -> None:
         self.file = file
         self.regions = regions
         self.made: dict[str, torch.UntypedStorage] = {}
+        self.intact = False
 
     def check(self, storages: dict[str, StorageNode]) -> None:
         """Raises FileError where a storage is not in the file, or is not as large as the pickle says."""
@@ -102,6 +115,8 @@ class Storages:
         """The tensor of this view. Raises FileError where it does not fit its storage."""
         storage = self.made.get(view.storage)
         if storage is None:
+            if self.intact:
+                self.file.check(self.regions[view.storage], f"the record {view.storage!r}")
             storage = self.made[view.storage] = self.file.storage(self.regions[view.storage])
             if view.dtype == "bool":
                 self._check_bool(view.storage, storage)
