@@ -37,7 +37,7 @@ ORDER = [
     ["account", "task"],
     ["contenders"],
     ["layer_times"],
-    ["verify", "verify_hf", "bench", "inspection", "doctor"],
+    ["verify", "verify_hf", "bench", "inspection", "listing", "doctor"],
     ["neighbours", "stream"],
     ["seal"],
     ["convert", "api"],

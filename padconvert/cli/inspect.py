@@ -39,6 +39,11 @@ def inspect(
         arch_args=parse.arch_args(arch_arg), input_shape=parse.input_shape(input_shape), trust=tuple(trust or ()),
         state_key=state_key,
     )  # fmt: skip
+    from padconvert.listing import list_tensors
+
+    if options.arch is None and (listed := list_tensors(path)) is not None:
+        run.show(listed, as_json=as_json)
+        return
     from padconvert.inspection import inspect_file
 
     run.show(inspect_file(path, options), as_json=as_json)
