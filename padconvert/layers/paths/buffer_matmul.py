@@ -37,18 +37,25 @@ def convolve(layer: PadConv, x: Tensor) -> Tensor:
     """[B, C, *spatial] → [B, O, *spatial]."""
     routing_BK, dtype = layer.route(x), compute_dtype(x)
     x, last = x.to(dtype), memory_format(x) is not torch.contiguous_format
-    shape, outputs = x.shape, layer.weight_shape[0]
-    maps_BIP = x.movedim(1, -1).flatten(1, -2).transpose(1, 2) if last else x.flatten(2)
-    out_BOP = x.new_empty(len(x), maps_BIP.shape[2], outputs).transpose(1, 2) if last else None
-    if out_BOP is None:
-        out_BOP = x.new_empty(len(x), outputs, maps_BIP.shape[2])
+    shape, outputs = x.shape[2:], layer.weight_shape[0]
+    bias_BO = mixed(layer, "bias", routing_BK).to(dtype) if layer.has_bias else None
     weights = buffer.written(layer, routing_BK, dtype)
+    if len(x) == 1 and not last:
+        weight_OI, in_IP = next(weights).view(outputs, -1), x.reshape(x.shape[1], -1)
+        out_OP = torch.mm(weight_OI, in_IP) if bias_BO is None else torch.addmm(bias_BO.t(), weight_OI, in_IP)
+        return out_OP.view(1, outputs, *shape)
+    maps_BIP = x.movedim(1, -1).flatten(1, -2).transpose(1, 2) if last else x.flatten(2)
+    positions = maps_BIP.shape[2]
+    if last:
+        out_BOP = x.new_empty(len(x), positions, outputs).transpose(1, 2)
+    else:
+        out_BOP = x.new_empty(len(x), outputs, positions)
     for in_IP, out_OP, weight in zip(maps_BIP.unbind(), out_BOP.unbind(), weights, strict=True):
         if last:
             torch.mm(in_IP.t(), weight.view(outputs, -1).t(), out=out_OP.t())
         else:
             torch.mm(weight.view(outputs, -1), in_IP, out=out_OP)
-    if layer.has_bias:
-        out_BOP += mixed(layer, "bias", routing_BK).to(dtype)[..., None]
-    out: Tensor = out_BOP.unflatten(2, shape[2:])
+    if bias_BO is not None:
+        out_BOP += bias_BO[..., None]
+    out: Tensor = out_BOP.unflatten(2, shape)
     return out
