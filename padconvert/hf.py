@@ -25,14 +25,15 @@ import padconvert
 from padconvert.checkpoint.bitmask import PlacementChecks
 from padconvert.checkpoint.fill import filled_layer, names_inside
 from padconvert.checkpoint.folder import METHOD, config_with, merged, metadata_in
-from padconvert.checkpoint.header import read_header
+from padconvert.checkpoint.header import encode_header, read_header
 from padconvert.checkpoint.layout import Spec, check_layout, expected_tensors, join, placeholders
 from padconvert.checkpoint.manifest import KEY, LayerEntry, Manifest, check_seal, manifest_from_json
 from padconvert.checkpoint.save import directory_tensors, entries_of
 from padconvert.checkpoint.write import survey
 from padconvert.errors import FileError, UsageError
-from padconvert.layers.ffn import join_groups_
-from padconvert.rewrite import swap_
+from padconvert.layers.ffn import PadLinearMember, join_groups_
+from padconvert.rewrite import pad_layers, swap_
+from padconvert.words import Place
 
 try:
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -152,7 +153,7 @@ class PadConvertQuantizer(HfQuantizer):
                 layers |= {self._places[name]: layer for name in names if name in self._places}
         swap_(model, layers)
         join_groups_(model)
-        # saved under the names it has in memory: those are the manifest's
+        # saved under the names it has in memory
         model._weight_conversions = []
         # its parameters are ordinary ones: `model.float()` and training need no permission
         model.is_quantized = False
@@ -161,8 +162,11 @@ class PadConvertQuantizer(HfQuantizer):
         """The tensors that `save_pretrained` writes; the manifest of what they are now goes into the model's config.
 
         Where a tensor is another than the one that was loaded, the model counts as trained, and the outputs that were
-        recorded of the former one are left out. Raises UsageError where a layer is not folded.
+        recorded of the former one are left out. Routers that `model.half()` has cast are fp32 again afterwards.
+        Raises UsageError where a layer is not folded, FileError where no reader would take what would be written.
         """
+        _name_blocks_(model)
+        _keep_routers_(model)
         manifest, specs, tensors = _manifest_now(model, self.manifest)
         self.manifest = manifest
         part = config_with({}, manifest, specs)["quantization_config"]
@@ -237,7 +241,7 @@ def _manifest_now(model: Any, before: Manifest) -> tuple[Manifest, dict[str, Spe
     if "dtype" in architecture:
         architecture["dtype"] = str(model.dtype).removeprefix("torch.")
     manifest, specs, tensors = _surveyed(model, dataclasses.replace(before, architecture=architecture))
-    if manifest.crc32 == before.crc32 and architecture == before.architecture:
+    if _same_values(manifest, before) and architecture == before.architecture:
         return manifest, specs, tensors
     provenance = dataclasses.replace(before.provenance, route="trained")
     changed = dataclasses.replace(manifest, probe=None, trained=True, provenance=provenance)
@@ -250,4 +254,29 @@ def _surveyed(model: Any, manifest: Manifest) -> tuple[Manifest, dict[str, Spec]
     specs, made = survey(
         tensors, dataclasses.replace(manifest, padconvert=padconvert.__version__, layers=entries, aliases=aliases)
     )
+    # before transformers has written anything: config.json would be left behind alone
+    check_layout(made, encode_header(specs, {})[1])
     return made, specs, cast(dict[str, Tensor], tensors)
+
+
+def _same_values(now: Manifest, before: Manifest) -> bool:
+    """Whether all stored tensors are what they were. A single file has no placeholders, and may have stored a tied
+    tensor under another of its names."""
+    standing_in = placeholders(now.layers)
+    stored = {name: crc32 for name, crc32 in now.crc32.items() if name not in standing_in}
+    return stored == {name: before.crc32.get(before.aliases.get(name, name)) for name in stored}
+
+
+def _name_blocks_(model: nn.Module) -> None:
+    """A feed-forward block is named for its first layer, whose name is another one under another class."""
+    for name, layer in pad_layers(model).items():
+        if isinstance(layer, PadLinearMember) and layer.place is Place.FIRST:
+            for member in layer.block.members:
+                member.group = name
+
+
+def _keep_routers_(model: nn.Module) -> None:
+    """Routers are fp32 whatever the weights are; `model.half()` does not know that."""
+    for layer in pad_layers(model).values():
+        for module in layer.children():
+            module.float()

@@ -199,6 +199,54 @@ def test_cast_and_saved_it_is_of_that_dtype(bert: Path, tmp_path: Path) -> None:
     assert state(padconvert.load(tmp_path / "again")) == state(model)
 
 
+@pytest.mark.parametrize(
+    ("stored", "loaded"),
+    [("BertForSequenceClassification", "BertModel"), ("BertModel", "BertForSequenceClassification")],
+)
+def test_blocks_are_saved_under_another_prefix(stored: str, loaded: str, tmp_path: Path) -> None:
+    """A head is added, or taken away, and it is trained on; the blocks' names change with their layers'."""
+    model = from_pretrained(artefact(tiny(stored), tmp_path), loaded).train()
+    ids = torch.randint(1, 99, (4, 6), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids)[0].square().sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    model.save_pretrained(tmp_path / "again")
+    layers = read_checkpoint(tmp_path / "again").manifest.layers
+    assert {entry.facts.group for entry in layers} == {e.name for e in layers if e.facts.place is Place.FIRST} != set()
+    assert {entry.name.startswith("bert.") for entry in layers} == {loaded != "BertModel"}
+    assert failed(verify(tmp_path / "again", loader="hf").checks) == []
+    again, ours = from_pretrained(tmp_path / "again", loaded), padconvert.load(tmp_path / "again")
+    assert state(again) == state(ours) == state(model)
+    with torch.no_grad():
+        wanted = model.eval()(input_ids=ids)[0]
+        assert torch.equal(again(input_ids=ids)[0], wanted)
+        assert torch.equal(ours(input_ids=ids)[0], wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_routers_that_were_cast_are_saved_in_fp32(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = from_pretrained(artefact(tiny(), tmp_path)).to(dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    model.save_pretrained(tmp_path / "again")
+    checkpoint = read_checkpoint(tmp_path / "again")
+    assert {entry.facts.dtype for entry in checkpoint.manifest.layers} == {str(dtype).removeprefix("torch.")}
+    kinds = {name: t.dtype for name, t in checkpoint.tensors().items() if t.is_floating_point()}
+    routers = {name for name in kinds if ".router." in name}
+    assert {kinds[name] for name in routers} == {torch.float32}
+    assert {kinds[name] for name in kinds.keys() - routers} == {dtype}
+    again = from_pretrained(tmp_path / "again")
+    assert state(again) == state(padconvert.load(tmp_path / "again")) == state(model)
+    assert failed(verify(tmp_path / "again", loader="hf").checks) == []
+
+
+def test_what_cannot_be_loaded_again_leaves_no_config_behind(bert: Path, tmp_path: Path) -> None:
+    model = from_pretrained(bert)
+    layer = next(iter(pad_layers(model).values()))
+    layer.register_buffer("strange", torch.zeros(3))
+    with pytest.raises(FileError, match=r"tensor '.*\.strange' is unexpected in the dynamic layer"):
+        model.save_pretrained(tmp_path / "again")
+    assert list((tmp_path / "again").iterdir()) == []
+
+
 def test_an_unfolded_model_is_not_saved(bert: Path, tmp_path: Path) -> None:
     model = from_pretrained(bert)
     next(iter(pad_layers(model).values())).add_scales_()
