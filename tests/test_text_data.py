@@ -75,6 +75,10 @@ def written(path: Path, text: str) -> str:
     return str(path)
 
 
+def edited(path: Path, **settings: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
 def labels_in(path: str, tokenizer: Tokenizer, **settings: Any) -> list[Any]:
     label2id = settings.pop("label2id", None)
     labels = open_eval(DataSpec(**settings), [path], tokenizer=tokenizer, label2id=label2id).labels
@@ -404,6 +408,64 @@ def test_a_directory_without_a_readable_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="its tokenizer cannot be read") as caught:
         tokenizer_of(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("limit", ["x", None, 0, -3, True, [5], float("nan")])
+def test_a_limit_that_is_no_number_of_tokens(limit: object, tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path / "tokenizer")
+    edited(folder / "tokenizer_config.json", model_max_length=limit)
+    if limit is None:  # transformers takes it for none given
+        assert tokenizer_of(folder).model_max_length > 1e9
+        return
+    with pytest.raises(FileError, match=r"tokenizer_config\.json gives .* as model_max_length.*Correct it") as caught:
+        tokenizer_of(folder)
+    assert str(caught.value).startswith(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 2.0])
+def test_a_tokenizers_own_limit_that_leaves_no_room(limit: float, tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path / "tokenizer", model_max_length=limit)
+    path = written(tmp_path / "a.tsv", "s\tlabel\na\t1\n")
+    with pytest.raises(FileError, match=rf"tokenizer_config\.json: model_max_length {limit} leaves no room") as caught:
+        open_eval(DataSpec(), [path], tokenizer=tokenizer_of(folder))
+    assert "data.max_length" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokenizer_config.json", {"pad_token": 7}),
+        ("tokenizer_config.json", {"padding_side": 3}),
+        ("tokenizer_config.json", {"tokenizer_class": 3}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": "y"}}),
+        ("tokenizer_config.json", {"extra_special_tokens": 4}),
+        ("tokenizer.json", {"added_tokens": 5}),
+        ("tokenizer.json", {"model": None}),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused_in_plain_words(name: str, change: dict[str, object], tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path / "tokenizer")
+    edited(folder / name, **change)
+    path = written(tmp_path / "a.tsv", "s\tlabel\na\t1\na cat\t0\n")
+    with pytest.raises(FileError, match="Copy all of its files again, or give token numbers") as caught:
+        open_eval(DataSpec(), [path], tokenizer=tokenizer_of(folder))
+    said = str(caught.value)
+    assert not any(code in said for code in ("object", "attribute", "__", "NoneType", "argument", "'int'", "\n")), said
+
+
+def test_a_tokenizer_that_fails_on_a_text_names_the_rows(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    class Failing:
+        def __getattr__(self, name: str) -> object:
+            return getattr(tokenizer, name)
+
+        def __call__(self, *_: object, **__: object) -> object:
+            raise TypeError("'str' object cannot be interpreted as an integer")
+
+    path = written(tmp_path / "a.tsv", "s\tlabel\na\t1\na cat\t0\n")
+    with pytest.raises(FileError, match=r"a\.tsv: the source's tokenizer fails on rows 0 to 1: a value") as caught:
+        open_eval(DataSpec(), [path], tokenizer=cast(Tokenizer, Failing()))
+    assert "object" not in str(caught.value)
 
 
 def test_a_tokenizer_that_is_code_is_never_run(tmp_path: Path) -> None:

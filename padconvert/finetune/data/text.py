@@ -14,7 +14,7 @@ from torch import Tensor
 
 from padconvert.errors import FileError, PolicyError
 from padconvert.finetune.data.examples import Batch
-from padconvert.finetune.data.tokenizer import TOKENISE_YOURSELF, Tokenizer
+from padconvert.finetune.data.tokenizer import TOKENISE_YOURSELF, Tokenizer, in_words
 
 _AT_ONCE = 1024  # texts in one call: their numbers are Python's own until they are packed
 
@@ -130,9 +130,10 @@ def tokenised(
             f"Give a transformers directory that has one, or {TOKENISE_YOURSELF}; "
             "or choose numeric columns with data.input_key"
         )
-    most = min(max_length, tokenizer.model_max_length)
+    most = int(min(max_length, tokenizer.model_max_length))
     special = tokenizer.num_special_tokens_to_add(pair=len(first.columns) == 2)
     if most <= special:
+        _check_own_limit(tokenizer.model_max_length, special)
         raise PolicyError(f"data.max_length: {most} leaves no room beside the {special} special tokens. Raise it")
     packed: dict[str, list[Tensor]] = {}
     lengths: list[int] = []
@@ -151,6 +152,14 @@ def tokenised(
     return TextExamples(tokens, starts, labels, class_names, _padding(tokenizer, lengths, first), _cut(lengths, most))
 
 
+def _check_own_limit(limit: float, special: int) -> None:
+    if limit <= special:
+        raise FileError(
+            f"the source's tokenizer_config.json: model_max_length {limit} leaves no room beside the {special} special "
+            "tokens. Correct it, or take it out"
+        )
+
+
 def _tokens(
     file: TextFile, tokenizer: Tokenizer, most: int
 ) -> Iterator[tuple[int, dict[str, Sequence[Sequence[int]]]]]:
@@ -159,7 +168,14 @@ def _tokens(
     for start in range(0, len(file), _AT_ONCE):
         texts = [column[start : start + _AT_ONCE] for column in columns]
         pair = texts[1] if len(texts) == 2 else None
-        yield start, dict(tokenizer(texts[0], pair, truncation=True, max_length=most).items())
+        try:
+            given = dict(tokenizer(texts[0], pair, truncation=True, max_length=most).items())
+        except Exception as error:  # the tokenizer's own, of transformers or of the Rust library
+            raise FileError(
+                f"{file.path}: the source's tokenizer fails on rows {start} to {start + len(texts[0]) - 1}: "
+                f"{in_words(error)}. Copy all of its files again, or {TOKENISE_YOURSELF}"
+            ) from error
+        yield start, given
 
 
 def _packed(numbers: Sequence[Sequence[int]]) -> Tensor:

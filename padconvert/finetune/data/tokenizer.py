@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -59,17 +60,33 @@ def tokenizer_of(directory: Path) -> Tokenizer:
             )
         except Exception as error:  # OSError, ValueError, KeyError and the Rust library's own
             raise _refused(directory, error) from error
+    _check_limit(directory, found.model_max_length)
     return cast(Tokenizer, found)
 
 
+def _check_limit(directory: Path, limit: object) -> None:
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 1:
+        raise FileError(
+            f"{directory}: its tokenizer_config.json gives {json.dumps(limit, default=str)} as model_max_length, "
+            "which is no number of tokens. Correct it, or take it out"
+        )
+
+
+def in_words(error: Exception) -> str:
+    """What a tokenizer's error says, without the words of Python's own errors, which are about code."""
+    if isinstance(error, TypeError | AttributeError | LookupError | NameError | AssertionError):
+        return "a value in its files is missing, or of another kind than a tokenizer has there"
+    return (str(error).strip().splitlines() or ["its files do not make up a tokenizer"])[0]
+
+
 def _refused(directory: Path, error: Exception) -> FileError | UnsafeError:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "trust_remote_code" in str(error):
         return UnsafeError(
             f"{directory}: its tokenizer is code in the directory, which is never run. Instead, {TOKENISE_YOURSELF}"
         )
     return FileError(
-        f"{directory}: its tokenizer cannot be read ({said}). Copy all of its files again, or {TOKENISE_YOURSELF}"
+        f"{directory}: its tokenizer cannot be read ({in_words(error)}). Copy all of its files again, "
+        f"or {TOKENISE_YOURSELF}"
     )
 
 
