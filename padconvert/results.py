@@ -92,7 +92,7 @@ class Equality:
     """The first promise: source against rewritten model before any training, in eval mode.
 
     `method` is "forward" (outputs) or "weights" (max |Σ π D − W| per layer, where no forward is possible);
-    `max_rel_diff` is max|Δ| / max|y|, held against `tolerance`.
+    `max_rel_diff` is max|Δ| / max|y|, held against `tolerance`; `why` says why no forward was compared.
     """
 
     method: str
@@ -101,6 +101,7 @@ class Equality:
     tolerance: float
     passed: bool
     samples: int
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)

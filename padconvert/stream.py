@@ -33,13 +33,14 @@ from padconvert.plan import Plan
 from padconvert.precision import HALF
 from padconvert.results import Equality
 from padconvert.rewrite import empty_layer, pad_layers, sharing_copy, swap_
-from padconvert.verify import Call, equality_by_forward, equality_by_one, probe_check, runs
+from padconvert.verify import NO_INPUTS, Call, equality_by_forward, equality_by_one, probe_check, runs
 from padconvert.walk.probe import ProbeSpec
 from padconvert.walk.quiet import device_of
 from padconvert.words import Granularity, Verdict
 
 #: bytes of a half-precision source up to which both networks are copied to fp32, to be held against each other there
 _UPCAST = 2**28
+_TOO_LARGE = "a copy of the source in fp32, to compare half precision in, would take too much memory"
 
 
 @dataclass(slots=True)
@@ -74,12 +75,12 @@ class Stream:
     def _equality(self, loaded: nn.Module, outputs: list[list[Tensor]]) -> Equality:
         """`outputs` gets those of `loaded` on the probe, where they are as its user would get them."""
         if self.probe is None and not self.calls:
-            return equality_by_one(self.source, loaded)
+            return equality_by_one(self.source, loaded, NO_INPUTS)
         probe = [] if self.probe is None else [self.probe.make(PROBE_SAMPLES, device_of(self.source))]
         calls = [*probe, *self.calls]
         if any(parameter.dtype in HALF for parameter in self.source.parameters()):
             if sum(parameter.nbytes for parameter in self.source.parameters()) > _UPCAST:
-                return equality_by_one(self.source, loaded)
+                return equality_by_one(self.source, loaded, _TOO_LARGE)
             return equality_by_forward(_in_fp32(self.source), _in_fp32(loaded), calls)
         known = {0: self.packed.outputs} if self.packed.outputs else {}
         return equality_by_forward(self.source, loaded, calls, known=known, keep=outputs if known else None)

@@ -57,15 +57,19 @@ PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
+#: why nothing was called, where nobody knows how to
+NO_INPUTS = "no inputs are known that its forward takes; --input-shape names their shape"
+_SAID = 200
+
+
 def equality(source: nn.Module, model: nn.Module, probe: ProbeSpec | None, batches: Sequence[Call] = ()) -> Equality:
     """The first promise: by outputs on `batches` and on seeded probe inputs, or by weights where no call is possible.
 
     Raises VerificationError where a converted layer is never called.
     """
     calls = [*batches, *([probe.make(PROBE_SAMPLES, device_of(source))] if probe is not None else [])]
-    if not calls or not _callable(source, calls[0]):
-        return equality_by_weights(source, model)
-    return equality_by_forward(source, model, calls)
+    why = _uncallable(source, calls[0]) if calls else NO_INPUTS
+    return equality_by_weights(source, model, why) if why else equality_by_forward(source, model, calls)
 
 
 def calls_on(examples: Examples, model: nn.Module) -> list[Call]:
@@ -77,17 +81,18 @@ def calls_on(examples: Examples, model: nn.Module) -> list[Call]:
 
 def runs(model: nn.Module, probe: ProbeSpec) -> bool:
     """Whether the model can be called with the probe's inputs."""
-    return _callable(model, probe.make(PROBE_SAMPLES, device_of(model)))
+    return not _uncallable(model, probe.make(PROBE_SAMPLES, device_of(model)))
 
 
-def _callable(source: nn.Module, each: Call) -> bool:
-    """Whether the source itself can be called so; if it cannot, that says nothing about the conversion."""
+def _uncallable(source: nn.Module, each: Call) -> str:
+    """Why the source itself cannot be called so, "" where it can; that says nothing about the conversion."""
     args, kwargs = each
     try:
         with untouched(source):
-            return bool(flat_outputs(call(source, args, kwargs)))
-    except Exception:  # whatever the user's own code raises
-        return False
+            return "" if flat_outputs(call(source, args, kwargs)) else "the source's forward returns no tensor"
+    except Exception as error:  # whatever the user's own code raises
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"the source's own forward raises {said[:_SAID]}"
 
 
 def equality_by_forward(
@@ -127,7 +132,7 @@ def equality_by_forward(
     return Equality("forward", max_abs, max_rel, tolerance, max_rel <= tolerance, samples)
 
 
-def equality_by_weights(source: nn.Module, model: nn.Module) -> Equality:
+def equality_by_weights(source: nn.Module, model: nn.Module, why: str = "") -> Equality:
     """max |Σ_k π_k D_k − W| over all converted layers: for models that cannot be called here.
 
     Every expert is held against the static weight, which covers all routing weights at once.
@@ -144,10 +149,10 @@ def equality_by_weights(source: nn.Module, model: nn.Module) -> Equality:
             )
             max_abs, max_rel = max(max_abs, difference), max(max_rel, relative)
     tolerance = TOLERANCE[dtype]
-    return Equality("weights", max_abs, max_rel, tolerance, max_rel <= tolerance, 0)
+    return Equality("weights", max_abs, max_rel, tolerance, max_rel <= tolerance, 0, why)
 
 
-def equality_by_one(source: nn.Module, model: nn.Module) -> Equality:
+def equality_by_one(source: nn.Module, model: nn.Module, why: str = "") -> Equality:
     """As `equality_by_weights`, of a model whose equal experts are one in memory, and exactly."""
     max_abs = max_rel = 0.0
     for name, layer in pad_layers(model).items():
@@ -158,7 +163,7 @@ def equality_by_one(source: nn.Module, model: nn.Module) -> Equality:
             found = shared.expert(layer, part).detach()
             difference, relative = distance([expected.detach().to(found)], [found])
             max_abs, max_rel = max(max_abs, difference), max(max_rel, relative)
-    return Equality("weights", max_abs, max_rel, 0.0, max_rel == 0, 0)
+    return Equality("weights", max_abs, max_rel, 0.0, max_rel == 0, 0, why)
 
 
 def distance(expected: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[float, float]:
@@ -331,8 +336,14 @@ def _against_source(checkpoint: Checkpoint, model: nn.Module, source: Source, de
     module = module_of(source).to(device)
     record = checkpoint.manifest.probe
     equal = equality(module, model, None if record is None else spec_of(record))
-    detail = f"max|Δ| / max|y| before training, by {equal.method}"
-    yield Check("same function as the source", equal.passed, equal.max_rel_diff, equal.tolerance, detail)
+    by_forward = equal.method == "forward"
+    name = "same function as the source" if by_forward else "same weights as the source"
+    detail = (
+        "max|Δ| / max|y| before training, by forward"
+        if by_forward
+        else f"max|ΣπD − W| / max|W| before training; no forward was compared: {equal.why}"
+    )
+    yield Check(name, equal.passed, equal.max_rel_diff, equal.tolerance, detail)
 
 
 def _metrics_check(

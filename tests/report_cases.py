@@ -87,7 +87,7 @@ TRAINED = Conversion(
 
 DATA_FREE = replace(
     TRAINED, metrics=None, route="data-free", history=(), warnings=(), notes=(), timing={},
-    equality=Equality("weights", 0.0, 0.0, 1e-5, True, 0),
+    equality=Equality("weights", 0.0, 0.0, 1e-5, True, 0, "no inputs are known"),
 )  # fmt: skip
 
 DRY_RUN = replace(

@@ -510,3 +510,57 @@ def test_a_program_that_contradicts_itself(name: str, capsys: pytest.CaptureFixt
     for code, err in both("model.pt2", capsys):
         assert code == 4
         assert said in err
+
+
+# ---- what is said
+
+
+def test_more_experts_than_any_network_has_is_a_word_of_the_policy(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(net(), "model.pt")
+    before = peak()
+    code, _, err = ran("convert", "model.pt", "-o", "out.st", "--set", "defaults.num_experts=1000000000", capsys=capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "num_experts: must be less than or equal to 65536" in err
+    assert peak() - before < 100
+    assert not (in_tmp / "out.st").exists()
+
+
+def test_what_was_saved_in_place_of_a_model_is_said_in_words(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for saved, said in ((torch.Size([1, 2]), "a saved size"), (nn.Linear, "torch.nn.modules.linear.Linear by itself")):
+        torch.save(saved, "model.pt")
+        for code, err in both("model.pt", capsys):
+            assert code == 4
+            assert said in err
+            assert "Node" not in err
+    assert in_tmp.is_dir()
+
+
+class Uncallable(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ValueError(f"needs\na table, not {tuple(x.shape)}")
+
+
+def test_a_comparison_of_weights_says_so_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    from padconvert.report.terminal import equality_line
+    from padconvert.verify import NO_INPUTS, equality_by_weights
+
+    found = equality_by_weights(net(), net(), NO_INPUTS)
+    line = equality_line(found).plain
+    assert line.startswith("· the same weights before training")
+    assert line.endswith(f"no forward was compared: {NO_INPUTS}")
+    monkeypatch.setattr("padconvert.verify.TOLERANCE", {torch.float32: -1.0})
+    assert equality_line(equality_by_weights(net(), net(), NO_INPUTS)).plain.startswith("✗")
+
+
+def test_why_no_forward_was_possible() -> None:
+    from padconvert.verify import NO_INPUTS, equality
+    from padconvert.walk.spec import InputSpec, ProbeSpec
+
+    source = Uncallable(nn.Linear(2, 2))
+    assert equality(source, source, None).why == NO_INPUTS
+    probe = ProbeSpec((InputSpec(None, (2,), "float32"),), 0, "told")
+    said = equality(source, source, probe)
+    assert (said.method, said.passed) == ("weights", True)
+    assert said.why.startswith("the source's own forward raises ValueError: needs a table, not (")

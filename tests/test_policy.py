@@ -288,7 +288,7 @@ dynamic_ratio: 0.2
         ("train: {steps: 1e9}", "train.steps: must be a valid integer, not '1e9'. Write 1000000000."),
         ("train: {steps: 1.0e+3}", "train.steps: must be a valid integer, not 1000.0. Write 1000."),
         ("train: {steps: 1000000001}", "train.steps: must be less than or equal to 1000000000"),
-        ("defaults: {num_experts: 1000000000001}", "num_experts: must be less than or equal to 1000000000000"),
+        ("defaults: {num_experts: 65537}", "num_experts: must be less than or equal to 65536"),
         ("train: {lr: no}", "train.lr: must be a valid number, not False. YAML reads no as false."),
         ("defaults: {dynamic_ratio: no}", "must be a number from 0 to 1, not False. YAML reads no as false."),
         ("defaults: {dynamic_ratio:}", "defaults.dynamic_ratio: must be a number from 0 to 1, not nothing."),

@@ -122,8 +122,14 @@ def _audit_artefact(path: Path, trust: tuple[str, ...]) -> Audit:
                     names = [NameNode(type(built).__module__, type(built).__name__)]
     except UnsafeError as error:
         refused = names if architecture.get("kind") == "factory" else refused_names(names, trust)
-        return Audit("artefact", _listed(names), _listed(refused), str(error), unsafe=True)
+        return Audit("artefact", _listed(names), _listed(refused), _named(error, path), unsafe=True)
+    except FileError as error:
+        raise FileError(_named(error, path)) from error
     return Audit("artefact", _listed(names), [], "loads")
+
+
+def _named(error: Exception, path: Path) -> str:
+    return f"{path}: {str(error).removeprefix(f'{path}: ')}"
 
 
 def _listed(names: Iterable[NameNode]) -> list[str]:

@@ -74,7 +74,7 @@ def _why(name: str, module: str, last: str, trust: tuple[str, ...]) -> str:
     if inside(module, trust):
         return "of a package you trust"
     if class_allowed(module, last):
-        return "a class of a listed package"
+        return "a class of a listed package" if "." not in last and last[:1].isupper() else "of a listed package"
     assert unread(module), name
     return "left unread"
 

@@ -225,9 +225,10 @@ class _Check:
 
 
 def _fits(kind: str, value: object) -> bool:
-    """Whether a value is of the kind of argument: a tensor has a name, a list of numbers has none."""
-    named = isinstance(value, dict) and "n" in value
-    return named if kind == "Tensor" else not (named and kind.startswith("List["))
+    """Whether a value is of the kind of argument: a tensor is a name, or a number in its place; a list is no name."""
+    if kind == "Tensor":
+        return not isinstance(value, list | str | None)
+    return not (kind.startswith("List[") and isinstance(value, dict) and "n" in value)
 
 
 def check_targets(targets: list[str], where: str) -> None:

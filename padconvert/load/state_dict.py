@@ -7,7 +7,18 @@ from dataclasses import dataclass
 
 from padconvert.allow import WRAPPERS, hint, unread
 from padconvert.errors import FileError, UnsafeError, UsageError
-from padconvert.load.nodes import ObjectNode, RefusedNode, SeriesNode, TableNode, TensorNode, Value
+from padconvert.load.nodes import (
+    MemberNode,
+    NameNode,
+    ObjectNode,
+    PlainNode,
+    RefusedNode,
+    SeriesNode,
+    StorageNode,
+    TableNode,
+    TensorNode,
+    Value,
+)
 
 # Where training scripts put the network, in the order in which they are looked for.
 KEYS = (
@@ -65,6 +76,14 @@ def _what(root: Value) -> str:
             return f"a saved {root.kind.value} of {len(items)} objects, not one model. Save each model to its own file"
         case SeriesNode():
             return f"a saved {root.kind.value}, not a model. Save the model in it, or its state dict, by itself"
+        case PlainNode():
+            return f"a saved {root.kind.value}, not a model. Save the model or its state dict"
+        case NameNode():
+            return f"the class or function {root.full} by itself, not a model. Save the model or its state dict"
+        case MemberNode():
+            return f"the result of {root.cls.full}, not a model. Save the model or its state dict"
+        case StorageNode():
+            return "a single storage, not a model. Save the model or its state dict"
         case _:
             return f"a saved {type(root).__name__}, not a model. Save the model or its state dict"
 

@@ -32,7 +32,7 @@ TASKS = (
     "regression",
 )
 MAX_COUNT = 10**9  # of steps, samples, pixels: more is a slip of the pen
-MAX_EXPERTS = 10**12  # what memory holds decides; this only keeps the arithmetic within 64 bits
+MAX_EXPERTS = 65_536  # more than any network has; each is held in memory while it is trained
 MAX_PLACES = 24  # decimal places of a ratio: a bound on the exact arithmetic that follows
 
 

@@ -94,9 +94,13 @@ def _receipts(result: Conversion) -> str:
     if result.equality is not None:
         equality = result.equality
         word = "passed" if equality.passed else "failed"
+        by_forward = equality.method == "forward"
+        what = "Same function" if by_forward else "Same weights"
+        why = "" if by_forward else f" No forward was compared: {equality.why}."
         lines.append(
-            f'<p class="{word}">Same function before training ({escape(equality.method)}): {word}, relative difference '
-            f"{equality.max_rel_diff:.1e}, limit {equality.tolerance:.0e}.</p>"
+            f'<p class="{word if by_forward or not equality.passed else "small"}">{what} before training '
+            f"({escape(equality.method)}): {word}, relative difference {equality.max_rel_diff:.1e}, limit "
+            f"{equality.tolerance:.0e}.{escape(why)}</p>"
         )
     if result.metrics is not None and result.metrics.verdict:
         lines.append(f"<p><strong>{escape(result.metrics.verdict)}</strong></p>")

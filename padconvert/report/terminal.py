@@ -224,11 +224,13 @@ def verdict_about(metrics: Comparison) -> str:
 
 def equality_line(equality: Equality) -> Text:
     """The first promise, kept or broken, in one line."""
+    limit = f"(limit {equality.tolerance:.0e})"
     if equality.method == "forward":
         what = f"max|Δ| = {equality.max_rel_diff:.1e} · max|y| on {equality.samples} samples"
-    else:
-        what = f"max|ΣπD − W| = {equality.max_rel_diff:.1e} · max|W| (no forward was possible)"
-    return _check(equality.passed, f"same function before training: {what} (limit {equality.tolerance:.0e})")
+        return _check(equality.passed, f"same function before training: {what} {limit}")
+    what = f"max|ΣπD − W| = {equality.max_rel_diff:.1e} · max|W| {limit}"
+    line = f"the same weights before training, by arithmetic: {what}; no forward was compared: {equality.why}"
+    return _note(line) if equality.passed else _check(False, line)
 
 
 # ---- inspect
