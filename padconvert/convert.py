@@ -174,6 +174,10 @@ def _measured_gates(measured: Comparison | None, options: ConvertOptions) -> tup
 
 def _check_files(source: Path, output: Path, options: ConvertOptions) -> None:
     """Nothing that is there is replaced unasked, and no file is asked to be two things."""
+    if options.work_dir is not None and options.work_dir.resolve().is_relative_to(source.resolve()):
+        raise UsageError(
+            f"--work-dir {options.work_dir}: lies in the source, which stays as it is; name another folder."
+        )
     if not options.dry_run:
         check = check_folder_target if becomes_folder(source, output, options) else check_target
         check(output, force=options.force, source=source)

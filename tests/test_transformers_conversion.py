@@ -125,6 +125,31 @@ def test_routing_by_sequence_is_refused_where_it_would_leak_the_future() -> None
     assert {entry.choice.routing for entry in plan.converted if entry.choice} == {"sequence"}
 
 
+def test_routing_by_sequence_is_refused_where_samples_are_not_first_or_positions_are_others() -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    xlnet = transformers.XLNetModel(
+        transformers.XLNetConfig(vocab_size=99, d_model=16, n_layer=2, n_head=2, d_inner=24)
+    )
+    funnel = transformers.FunnelModel(
+        transformers.FunnelConfig(vocab_size=99, d_model=16, block_sizes=[1, 1], n_head=2, d_head=8, d_inner=24)
+    )
+    for model in (xlnet.eval(), funnel.eval()):
+        with pytest.raises(PolicyError, match="batch, positions, channels"):
+            planned(model, ffn__routing="sequence", ffn__top_k=0)
+
+
+def test_the_work_directory_is_not_in_the_source(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(path.name for path in bert.iterdir())
+    words = ["convert", bert, "-o", tmp_path / "out", *training(tmp_path), "--work-dir", bert]
+    assert main([str(word) for word in words]) == 2
+    assert "--work-dir" in capsys.readouterr().err
+    assert sorted(path.name for path in bert.iterdir()) == before
+
+
 @pytest.mark.parametrize("name", ["BertModel", "T5EncoderModel"])
 @pytest.mark.parametrize("top_k", [0, 2])
 def test_routing_by_sequence_keeps_the_function_and_does_not_see_padding(name: str, top_k: int) -> None:

@@ -147,8 +147,10 @@ def choice_fault(info: LayerInfo, choice: LayerChoice) -> tuple[str, str] | None
         why = "the layer is causal, and the mean over a sequence would tell each token of later ones"
         return "routing", f"'sequence' cannot be: {why}; use 'token'"
     flat = info.input_shape is not None and len(info.input_shape) < 2
-    if choice.group and choice.routing is Routing.SEQUENCE and flat:
-        why = "the network hands the layer the tokens of all sequences in one row, and none knows its own"
+    if choice.routing is Routing.SEQUENCE and ((choice.group and flat) or info.by_sample is False):
+        why = (
+            "the layer's input is not [batch, positions, channels] as the network's own, so no token knows its sequence"
+        )
         return "routing", f"'sequence' cannot be: {why}; use 'token'"
     if choice.group and choice.routing is Routing.TOKEN and choice.top_k == 0:
         why = "at level 'ffn' all experts can be mixed for a whole sequence only"

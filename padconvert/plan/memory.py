@@ -2,7 +2,8 @@
 
 The peak is the largest of these moments; each holds what lies left of the bar, and for a while what lies right of it:
 
-    data-free    S + F + I                        | F₁·(scoring) + R
+    data-free    2 S                              | 4 L + pieces    (of which the 2 S are pages of the two files, which
+                                                                     the system takes back when it needs them)
     trained      S + S'·(1 or 2) + F + I + G·(1+o) | a step:    F + 2 F₁ + batch · (W + 2 W₁)
                                                   | a round:   F + F₁·(scoring) + R, or 11 R in one ranking, or its
                                                   |            micro-batch's gradients
@@ -14,6 +15,7 @@ The peak is the largest of these moments; each holds what lies left of the bar, 
     F   the fully dynamic network: all K copies  F₁  the experts of the largest layer
     I   8 bytes an entry: where each belongs     R   8 bytes an entry: the scores (both with `element` only)
     G   gradients of what is trained             o   tensors of the optimizer: 1 for SGD with momentum, 2 for AdamW
+    L   the largest layer's weight
     W   weights whose layers build one for every sample of a batch (convolutions, `sequence` routing); W₁ the largest
 
 `_SCORING` is how many copies of a layer's experts a score computes with, most in fp64; `_HEAP` what the allocator keeps
@@ -37,6 +39,7 @@ _INDEX_BYTES = _SCORE_BYTES = 8
 _RANKING = 11  # a sort of all entries' scores, in units of the scores
 _SCORING = {"taylor": 12, "snip": 12, "fisher": 12, "variance": 6, "magnitude": 5, "random": 5}
 _HEAP = 4 / 3
+_PIECES = 48 * 10**6  # what is on its way through a data-free run, whatever its source
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,8 @@ def peak_memory(plan: Plan, *, controls: bool = False, train_samples: int = 0, e
     sizes = _sizes(plan)
     held = sizes.stored + sizes.full + sizes.index
     if plan.route == "data-free":
-        return math.ceil(_HEAP * (held + _SCORING["magnitude"] * sizes.experts_1 + sizes.scores))
+        largest = max((_weight_bytes(entry) for entry in plan.converted), default=0)
+        return 2 * sizes.stored + 4 * largest + _PIECES
     train, partition = plan.policy.train, plan.policy.partition
     teacher = train.objective != "task" and (train.objective != "auto" or train.distill_weight > 0)
     held += sizes.source * (2 if teacher else 1)

@@ -6,6 +6,7 @@ would switch off the fast paths of torch's transformer layers, and so hide that 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -41,6 +42,7 @@ class Seen:
     output_shape: tuple[int, ...]
     calls: int = 0
     positions: int = 0  # in all calls and samples: output positions, tokens; input positions when transposed
+    by_sample: bool = True  # in all calls: [batch, …] with the network's own positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class _Watcher(TorchDispatchMode):
     def __init__(self, root: nn.Module, layers: Sequence[Found], sequences: Sequences) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.layers, self.sequences = layers, sequences
+        self.masked = "attention_mask" in inspect.signature(root.forward).parameters
         self.index = {layer.module: i for i, layer in enumerate(layers)}
         self.owner = _weight_owners(root, layers)
         self.seen: dict[int, Seen] = {}
@@ -121,7 +124,14 @@ class _Watcher(TorchDispatchMode):
             self.seen[index] = Seen(len(self.seen), *shapes)
         seen = self.seen[index]
         seen.calls += 1
+        seen.by_sample &= self._is_by_sample(given)
         seen.positions += _positions(given if layer.kind is Kind.CONV_TRANSPOSE else output, layer)
+
+    def _is_by_sample(self, given: Tensor) -> bool:
+        """Samples first, and where a mask says which positions count, those positions second."""
+        if len(given) != BATCH:
+            return False
+        return not self.masked or given.dim() != 3 or given.shape[1] in self.sequences.lengths
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))

@@ -18,6 +18,7 @@ class LayerInfo:
     `group` is the first member's name where the layer belongs to a feed-forward block (FFN) that was proven to be one,
     else ""; a layer of role FFN that belongs to none has the words why in `detail`. `causal`: its sequence is read from
     left to right, so that nothing at a position depends on later ones (None: not known, or not on a sequence).
+    `by_sample`: its inputs are [batch, …], with the positions that the network's attention_mask is about if it has one.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LayerInfo:
     group: str = ""
     place: Place = Place.ALONE
     causal: bool | None = None
+    by_sample: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

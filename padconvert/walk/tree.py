@@ -104,6 +104,7 @@ def _info(layer: Found, index: int, judged: tuple[Reason, str], role: Role, watc
         order=seen.order if seen else None,
         input_shape=seen.input_shape if seen else None,
         output_shape=seen.output_shape if seen else None,
+        by_sample=seen.by_sample if seen else None,
         detail=detail,
     )
 
