@@ -474,6 +474,10 @@ def test_links_lead_no_secret_out(bert: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsafeError, match="is a link that leads out of the directory"):
         write(model, source, tmp_path / "out", force=True)
     (source / "folder").unlink()
+    (source / "loop").symlink_to("loop")
+    with pytest.raises(FileError, match=r"loop: is (a link that leads back to itself|no regular file)"):
+        write(model, source, tmp_path / "out", force=True)
+    (source / "loop").unlink()
     os.mkfifo(source / "pipe")
     with pytest.raises(FileError, match="is no regular file"):
         write(model, source, tmp_path / "out", force=True)

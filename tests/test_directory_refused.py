@@ -58,6 +58,15 @@ def dangling(path: Path) -> None:
     path.symlink_to("nowhere")
 
 
+def looped(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+#: as Python 3.11 and 3.12 say; later ones leave it to what opens the file
+LOOP = "leads back to itself|is missing|cannot be read"
+
+
 def pickled(make: Callable[[dict[str, Tensor]], object]) -> Change:
     def apply(folder: Path) -> None:
         torch.save(make(load_file(folder / WEIGHTS)), folder / "pytorch_model.bin")
@@ -108,6 +117,8 @@ SINGLE: dict[str, tuple[Change, type[PadconvertError], str]] = {
     "a pipe for a config": (lambda folder: piped(folder / "config.json"), FileError, "is no regular file"),
     "a pipe for weights": (lambda folder: piped(folder / WEIGHTS), FileError, "is no regular file"),
     "a link to nothing": (lambda folder: dangling(folder / WEIGHTS), FileError, "is missing"),
+    "a config that is a loop": (lambda folder: looped(folder / "config.json"), FileError, LOOP),
+    "weights that are a loop": (lambda folder: looped(folder / WEIGHTS), FileError, LOOP),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), FileError, "holds no weights"),
     "weights cut off": (
         lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-9]),

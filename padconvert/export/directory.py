@@ -141,7 +141,10 @@ def _cannot_list(error: OSError) -> None:
 
 def _check_inside(path: Path, folder: Path) -> None:
     """A copy of what a link outside the folder leads to might give away what nobody meant to."""
-    root, real = folder.resolve(), path.resolve()
+    try:
+        root, real = folder.resolve(), path.resolve()
+    except RuntimeError:  # as Python 3.11 and 3.12 say; for later ones it is no regular file
+        raise FileError(f"{path}: is a link that leads back to itself. Take it out of the directory.") from None
     in_cache = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
     if not real.is_relative_to(root) and not in_cache:
         raise UnsafeError(

@@ -129,7 +129,9 @@ def file_inside(folder: Path, name: str) -> Path:
     path = folder / name
     try:
         root, real = folder.resolve(strict=True), path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:
+    except RuntimeError:  # what pathlib of Python 3.11 and 3.12 says of a loop; later ones leave it to `open`
+        raise FileError(f"{path}: is a link that leads back to itself. Put the file itself in its place.") from None
+    except (OSError, ValueError) as error:
         raise FileError(f"{path}: cannot be read ({error}).") from None
     in_cache = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
     if not real.is_relative_to(root) and not in_cache:
