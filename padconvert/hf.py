@@ -6,7 +6,8 @@
     model = AutoModel.from_pretrained("OUT")
 
 Before transformers loads the weights, every converted layer gives way to room for its stored tensors; afterwards the
-layer that they make up takes its place. The model can be trained, and `save_pretrained` writes such a directory again.
+layer that they make up takes its place. The model can be trained, and `save_pretrained` writes such a directory again;
+so does that of a model of transformers which `padconvert.load` returns.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from padconvert.rewrite import pad_layers, swap_
 from padconvert.words import Place
 
 try:
+    from transformers import PreTrainedModel
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -153,10 +155,7 @@ class PadConvertQuantizer(HfQuantizer):
                 layers |= {self._places[name]: layer for name in names if name in self._places}
         swap_(model, layers)
         join_groups_(model)
-        # saved under the names it has in memory
-        model._weight_conversions = []
-        # its parameters are ordinary ones: `model.float()` and training need no permission
-        model.is_quantized = False
+        _as_ordinary_(model)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors that `save_pretrained` writes; the manifest of what they are now goes into the model's config.
@@ -187,6 +186,28 @@ class PadConvertQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """Every parameter is an ordinary one; transformers' Trainer asks for this word."""
         return True
+
+
+def attach_(model: Any, manifest: Manifest, specs: Mapping[str, Spec]) -> None:
+    """Lets `save_pretrained` write a directory artefact of a model that padconvert and not transformers has rebuilt.
+
+    `manifest` and `specs` (of all stored tensors) are those of its artefact. A module that is no model of transformers
+    stays as it is.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    stated = PadConvertConfig(**config_with({}, manifest, specs)["quantization_config"])
+    quantizer = PadConvertQuantizer(stated, pre_quantized=True)
+    quantizer.manifest = manifest
+    model.hf_quantizer = quantizer
+    _as_ordinary_(model)
+
+
+def _as_ordinary_(model: Any) -> None:
+    # saved under the names it has in memory
+    model._weight_conversions = []
+    # its parameters are ordinary ones: `model.float()` and training need no permission
+    model.is_quantized = False
 
 
 def _check_files(files: Sequence[str], manifest: Manifest, metadata: Mapping[str, str]) -> None:

@@ -20,6 +20,7 @@ from padconvert.walk.probe import call, flat_outputs
 from padconvert.walk.quiet import device_of, untouched
 
 LOADER = "hf"
+_WITHOUT = "fails without padconvert.hf"
 
 Call = tuple[tuple[Tensor, ...], Mapping[str, Tensor]]
 
@@ -39,7 +40,8 @@ def check_loader(loader: str | None, checkpoint: Checkpoint) -> None:
 
 def transformers_checks(checkpoint: Checkpoint, model: nn.Module, inputs: Call | None) -> Iterator[Check]:
     """`from_pretrained` with the plug-in: that it loads, and gives the outputs of `model` exactly; and without the
-    plug-in: that it ends with an error, for otherwise the converted layers would be random.
+    plug-in: that it ends with an error, for otherwise the converted layers would be random (not held where there are
+    none).
 
     `inputs` are (args, kwargs) of a call, where one is known. The two are loaded one after the other.
     """
@@ -56,7 +58,7 @@ def transformers_checks(checkpoint: Checkpoint, model: nn.Module, inputs: Call |
     if loaded is not None:
         yield _same_outputs(model, loaded.to(device_of(model)), inputs)
     del loaded
-    yield _fails_without(checkpoint)
+    yield _fails_without(checkpoint) if checkpoint.manifest.layers else _plain()
 
 
 def _from_pretrained(checkpoint: Checkpoint) -> nn.Module:
@@ -83,16 +85,20 @@ def _same_outputs(model: nn.Module, loaded: nn.Module, inputs: Call | None) -> C
 
 def _fails_without(checkpoint: Checkpoint) -> Check:
     """transformers as it is before anybody imports padconvert.hf."""
-    name = "fails without padconvert.hf"
     try:
         with _unregistered():
             _from_pretrained(checkpoint)
     except RuntimeError as error:
-        return Check(name, True, None, None, f"from_pretrained: {type(error).__name__}, as it should")
+        return Check(_WITHOUT, True, None, None, f"from_pretrained: {type(error).__name__}, as it should")
     except Exception as error:  # a failure too, but not the one that the placeholders are for
-        return Check(name, True, None, None, f"from_pretrained: {type(error).__name__}")
+        return Check(_WITHOUT, True, None, None, f"from_pretrained: {type(error).__name__}")
     why = "from_pretrained without it makes up the converted layers at random, and only warns"
-    return Check(name, False, None, None, why)
+    return Check(_WITHOUT, False, None, None, why)
+
+
+def _plain() -> Check:
+    why = "no layer is converted, so transformers alone loads it as it is"
+    return Check(_WITHOUT, True, None, None, why, held=False)
 
 
 @contextmanager

@@ -16,12 +16,13 @@ from torch import nn
 
 import padconvert
 import padconvert.hf
-from directories import MODELS, edited, tiny
-from directory_artefacts import artefact, outputs, probe_of
+from directories import MODELS, edited, saved, tiny
+from directory_artefacts import artefact, outputs, probe_of, write
 from padconvert.__main__ import main
 from padconvert.checkpoint.fill import filled_layer
 from padconvert.checkpoint.folder import SINGLE
 from padconvert.checkpoint.read import read_checkpoint
+from padconvert.checkpoint.save import save_model
 from padconvert.errors import FileError, UsageError
 from padconvert.load.directory_build import alone
 from padconvert.results import Check
@@ -236,6 +237,57 @@ def test_routers_that_were_cast_are_saved_in_fp32(dtype: torch.dtype, tmp_path: 
     again = from_pretrained(tmp_path / "again")
     assert state(again) == state(padconvert.load(tmp_path / "again")) == state(model)
     assert failed(verify(tmp_path / "again", loader="hf").checks) == []
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "GPT2LMHeadModel", "T5ForConditionalGeneration"])
+def test_what_padconvert_loaded_is_saved_as_well(name: str, trained: bool, tmp_path: Path) -> None:
+    out = artefact(tiny(name), tmp_path, trained=trained)
+    model: Any = padconvert.load(out)
+    model.save_pretrained(tmp_path / "again")
+    assert read_checkpoint(tmp_path / "again").manifest == read_checkpoint(out).manifest
+    assert (tmp_path / "again" / SINGLE).read_bytes() == (out / SINGLE).read_bytes()
+    assert (
+        state(from_pretrained(tmp_path / "again", name)) == state(padconvert.load(tmp_path / "again")) == state(model)
+    )
+    result = verify(tmp_path / "again", loader="hf")
+    assert (failed(result.checks), [check.name for check in result.checks if not check.held]) == ([], [])
+
+
+def test_a_file_and_a_module_of_ones_own_are_saved_as_well(bert: Path, tmp_path: Path) -> None:
+    """A single file has no placeholders; it is not another model for that."""
+    name = "BertForSequenceClassification"
+    checkpoint = read_checkpoint(bert)
+    given = checkpoint.manifest
+    probe = probe_of(padconvert.load(bert))
+    save_model(
+        padconvert.load(bert), tmp_path / "file.st", architecture=given.architecture, provenance=given.provenance,
+        policy={}, trained=True, probe=probe,
+    )  # fmt: skip
+    for n, model in enumerate((padconvert.load(tmp_path / "file.st"), padconvert.load(bert, into=tiny(name)))):
+        mine: Any = model
+        mine.save_pretrained(tmp_path / f"{n}")
+        again = read_checkpoint(tmp_path / f"{n}").manifest
+        assert (again.crc32, again.probe) == (given.crc32, given.probe)
+        assert state(from_pretrained(tmp_path / f"{n}", name)) == state(mine)
+
+
+def test_without_converted_layers_it_is_a_plain_directory(tmp_path: Path) -> None:
+    source = tiny("BertForSequenceClassification")
+    out = write(source, saved(source, tmp_path / "source"), tmp_path / "out", trained=False)
+    checks = {check.name: check for check in verify(out, loader="hf").checks}
+    assert failed(tuple(checks.values())) == []
+    without = checks["fails without padconvert.hf"]
+    assert not without.held
+    assert "no layer is converted" in without.detail
+    done = subprocess.run([sys.executable, "-c", PLAIN, str(out)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "Unknown quantization type, got padconvert" in done.stderr
+    assert state(from_pretrained(out, "BertForSequenceClassification")) == state(source)
+    card = (out / "README.md").read_text()
+    assert "**No layer is converted**" in card.splitlines()[0]
+    assert "does not load" not in card
+    assert "experts" not in card
 
 
 def test_what_cannot_be_loaded_again_leaves_no_config_behind(bert: Path, tmp_path: Path) -> None:

@@ -23,21 +23,12 @@ class CardNumbers:
 
 
 def model_card(manifest: Manifest, numbers: CardNumbers, notes: Sequence[str] = (), *, has_source_card: bool) -> str:
-    """README.md as Markdown. Its first line holds the import that transformers needs. `notes` are lines on what was
-    measured."""
+    """README.md as Markdown. Its first line holds the import that transformers needs where layers are converted.
+    `notes` are lines on what was measured."""
     name = manifest.architecture["class"]
     lines = [
-        f"> **Load it only after `import padconvert.hf`**: `import padconvert.hf; "
-        f"{name}.from_pretrained(path)`, with `{name}` of transformers. Without that import it does not load.",
-        "",
-        f"# A partially dynamic {name}",
-        "",
-        f"This model was made by padconvert {manifest.padconvert}. "
-        "Some of its layers are partially dynamic: of the entries of their weights some are the same for all inputs, "
-        "the others are there once for each expert, and a router chooses or mixes the experts for each input "
-        "(He et al., PAD-Net, ACL 2023). The rest of the network is the source's.",
-        "",
-        *_loading(name),
+        *(_what_it_is if manifest.layers else _what_it_is_without_layers)(name, manifest.padconvert),
+        *(_loading(name) if manifest.layers else []),
         "## What it costs",
         "",
         *_costs(manifest, numbers),
@@ -47,6 +38,33 @@ def model_card(manifest: Manifest, numbers: CardNumbers, notes: Sequence[str] = 
     if has_source_card:
         lines += ["", "The source's own card is in README.source.md. What it measured is not what this model does."]
     return "\n".join(lines) + "\n"
+
+
+def _what_it_is(name: str, version: str) -> list[str]:
+    return [
+        f"> **Load it only after `import padconvert.hf`**: `import padconvert.hf; "
+        f"{name}.from_pretrained(path)`, with `{name}` of transformers. Without that import it does not load.",
+        "",
+        f"# A partially dynamic {name}",
+        "",
+        f"This model was made by padconvert {version}. "
+        "Some of its layers are partially dynamic: of the entries of their weights some are the same for all inputs, "
+        "the others are there once for each expert, and a router chooses or mixes the experts for each input "
+        "(He et al., PAD-Net, ACL 2023). The rest of the network is the source's.",
+        "",
+    ]
+
+
+def _what_it_is_without_layers(name: str, version: str) -> list[str]:
+    return [
+        f"> **No layer is converted**: `{name}.from_pretrained(path)` of transformers loads it as any other directory. "
+        "Without `import padconvert.hf` it says that it does not know `quant_method: padconvert`, and goes on.",
+        "",
+        f"# A {name}",
+        "",
+        f"This model was made by padconvert {version}, with all of its layers static.",
+        "",
+    ]
 
 
 def _loading(name: str) -> list[str]:
@@ -125,7 +143,11 @@ def _shares(entries: Sequence[LayerEntry]) -> str:
 
 
 def _state(manifest: Manifest, notes: Sequence[str]) -> list[str]:
-    if not manifest.trained:
+    if not manifest.layers and not manifest.trained:
+        lines = ["It computes what its source computes."]
+    elif not manifest.layers:
+        lines = ["It was fine-tuned."]
+    elif not manifest.trained:
         lines = ["It was **not fine-tuned**: all experts are still equal, and it computes what its source computes."]
     else:
         lines = ["It was fine-tuned after the conversion."]

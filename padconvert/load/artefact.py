@@ -63,7 +63,16 @@ def _loaded(checkpoint: Checkpoint, into: nn.Module | None, trust: Sequence[str]
     join_groups_(model)
     if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
         raise FileError("it holds no values for a part of its network. Make it again from its source.")
+    if manifest.architecture["kind"] == "transformers" and not mapped:
+        _attach_(model, checkpoint)
     return model.eval()
+
+
+def _attach_(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Without it `model.save_pretrained` would write what transformers loads at random."""
+    from padconvert.hf import attach_
+
+    attach_(model, checkpoint.manifest, {name: (s.dtype, s.shape) for name, s in checkpoint.header.tensors.items()})
 
 
 def _reader(checkpoint: Checkpoint, layer: str, *, copy: bool) -> Callable[[str], Tensor]:
