@@ -188,7 +188,7 @@ class PadConvertQuantizer(HfQuantizer):
         return True
 
 
-def attach_(model: Any, manifest: Manifest, specs: Mapping[str, Spec]) -> None:
+def attach_(model: nn.Module, manifest: Manifest, specs: Mapping[str, Spec]) -> None:
     """Lets `save_pretrained` write a directory artefact of a model that padconvert and not transformers has rebuilt.
 
     `manifest` and `specs` (of all stored tensors) are those of its artefact. A module that is no model of transformers
@@ -199,7 +199,8 @@ def attach_(model: Any, manifest: Manifest, specs: Mapping[str, Spec]) -> None:
     stated = PadConvertConfig(**config_with({}, manifest, specs)["quantization_config"])
     quantizer = PadConvertQuantizer(stated, pre_quantized=True)
     quantizer.manifest = manifest
-    model.hf_quantizer = quantizer
+    of_transformers: Any = model
+    of_transformers.hf_quantizer = quantizer
     _as_ordinary_(model)
 
 
