@@ -83,6 +83,8 @@ MOMENTS: dict[str, tuple[str, str, int]] = {
     "between rounds": ("padconvert.finetune.loop", "set_lr_", 7),
     "saving the state": ("padconvert.finetune.resume", "save_file", 3),
     "folding": ("padconvert.convert", "fold_", 1),
+    "choosing": ("padconvert.convert", "stream", 1),
+    "comparing": ("padconvert.stream", "probe_check", 1),
     "writing": ("padconvert.checkpoint.write", "write_tensors", 1),
     "reading back": ("padconvert.seal", "read_checkpoint", 1),
 }
@@ -90,7 +92,11 @@ MOMENTS: dict[str, tuple[str, str, int]] = {
 
 @pytest.mark.parametrize(
     ("moment", "number"),
-    [*((moment, signal.SIGTERM) for moment in MOMENTS), ("between rounds", signal.SIGINT), ("writing", signal.SIGINT)],
+    [
+        *((moment, signal.SIGTERM) for moment in MOMENTS if moment not in ("choosing", "comparing")),
+        ("between rounds", signal.SIGINT),
+        ("writing", signal.SIGINT),
+    ],
 )
 def test_a_signal_ends_in_130_and_the_same_call_goes_on(
     moment: str, number: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -137,7 +143,7 @@ def test_sigterm_outside_of_a_conversion_is_130_too(
     assert json.loads(captured.out)["exit_code"] == 130
 
 
-@pytest.mark.parametrize("moment", ["loading", "planning", "rewriting", "folding", "writing", "reading back"])
+@pytest.mark.parametrize("moment", ["loading", "planning", "choosing", "writing", "reading back", "comparing"])
 def test_a_ctrl_c_in_a_run_without_training_leaves_nothing(
     moment: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -63,5 +63,8 @@ def measured(spec: dict[str, Any], folder: Path) -> tuple[float, float]:
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_the_estimate_is_what_a_run_takes(name: str, tmp_path: Path) -> None:
     estimate, grew = measured((QUICK | SLOW)[name], tmp_path)
+    if name.startswith("data-free"):  # pages of files come and go: what is held beside them is in test_streaming.py
+        assert 1e6 < grew <= estimate
+        return
     assert grew > 60e6, "too small to tell"
     assert LEAST <= estimate / grew <= MOST, f"estimated {estimate / 1e6:.0f} MB, took {grew / 1e6:.0f} MB"
