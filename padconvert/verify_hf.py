@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from padconvert.checkpoint.folder import METHOD
+from padconvert.checkpoint.header import quote
 from padconvert.checkpoint.read import Checkpoint
 from padconvert.errors import PadconvertError, UsageError
 from padconvert.load.directory_build import alone
@@ -39,13 +40,14 @@ def check_loader(loader: str | None, checkpoint: Checkpoint) -> None:
 
 
 def transformers_checks(checkpoint: Checkpoint, model: nn.Module, inputs: Call | None) -> Iterator[Check]:
-    """`from_pretrained` with the plug-in: that it loads, and gives the outputs of `model` exactly; and without the
-    plug-in: that it ends with an error, for otherwise the converted layers would be random (not held where there are
-    none).
+    """That config.json names the manifest's class. `from_pretrained` with the plug-in: that it loads, and gives the
+    outputs of `model` exactly; and without the plug-in: that it ends with an error, for otherwise the converted layers
+    would be random (not held where there are none).
 
     `inputs` are (args, kwargs) of a call, where one is known. The two are loaded one after the other.
     """
     importlib.import_module("padconvert.hf")
+    yield _same_class(checkpoint)
     name = "loads through transformers"
     loaded: nn.Module | None = None
     try:
@@ -59,6 +61,14 @@ def transformers_checks(checkpoint: Checkpoint, model: nn.Module, inputs: Call |
         yield _same_outputs(model, loaded.to(device_of(model)), inputs)
     del loaded
     yield _fails_without(checkpoint) if checkpoint.manifest.layers else _plain()
+
+
+def _same_class(checkpoint: Checkpoint) -> Check:
+    """The class is in the manifest, under its checksum; tools around transformers go by config.json."""
+    architecture = checkpoint.manifest.architecture
+    named = architecture["config"].get("architectures")
+    why = f"config.json: {quote(str(named))}, the manifest: {quote(str(architecture['class']))}"
+    return Check("class in config.json", named == [architecture["class"]], None, None, why)
 
 
 def _from_pretrained(checkpoint: Checkpoint) -> nn.Module:

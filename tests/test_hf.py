@@ -376,6 +376,23 @@ def test_verify_sees_what_would_load_at_random(damaged: Path, monkeypatch: pytes
     assert failed(verify(damaged, loader="hf").checks) == ["fails without padconvert.hf"]
 
 
+@pytest.mark.parametrize(
+    "architectures", [["BertForMaskedLM"], [], None, ["BertForSequenceClassification", "BertModel"]]
+)
+def test_verify_sees_another_class_in_the_config(architectures: list[str] | None, damaged: Path) -> None:
+    """transformers' pipelines and servers go by it, and would put a random head on top."""
+    edited(damaged, lambda config: config.update(architectures=architectures))
+    assert failed(verify(damaged, loader="hf").checks) == ["class in config.json"]
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 1}, {"num_hidden_layers": 3}])
+def test_verify_sees_another_depth_in_the_config(change: dict[str, int], damaged: Path) -> None:
+    assert json.loads((damaged / "config.json").read_text())["num_hidden_layers"] == 2
+    edited(damaged, lambda config: config.update(change))
+    with pytest.raises(FileError, match="describes another network than the tensors are of"):
+        verify(damaged, loader="hf")
+
+
 def test_verify_sees_another_model_through_transformers(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def off(*args: Any) -> Any:
