@@ -21,7 +21,7 @@ from padconvert.load import Source, open_source
 from padconvert.options import ConvertOptions
 from padconvert.plan import ITEMSIZE, Plan, make_plan
 from padconvert.plan.cost import active_copies
-from padconvert.plan.decide import STATIC_ROLES
+from padconvert.plan.decide import verdicts
 from padconvert.results import Holdings, Inspection, LayerResult
 from padconvert.walk import LayerInfo, walk
 from padconvert.walk.probe import find_probe
@@ -63,9 +63,11 @@ def _of_source(path: Path, source: Source, options: ConvertOptions) -> Inspectio
     found = walk(source.module, probe)
     notes = (*source.notes, *found.notes)
     try:
-        plan = make_plan(found, options.resolve_policy(), route="trained", seed=options.seed, tensors=sizes)
+        policy = options.resolve_policy()
+        plan = make_plan(found, policy, route="trained", seed=options.seed, tensors=sizes)
     except NothingEligibleError as error:
-        layers = tuple(_unplanned(info) for info in found.layers)
+        decided, _ = verdicts(found, policy)
+        layers = tuple(_layer(each.info, each.verdict, each.reason) for each in decided)
         return Inspection(
             str(path),
             source.kind,
@@ -80,14 +82,8 @@ def _of_source(path: Path, source: Source, options: ConvertOptions) -> Inspectio
     )
 
 
-def _unplanned(info: LayerInfo) -> LayerResult:
-    """A layer of a source in which nothing may be converted."""
-    if info.eligible:
-        return _layer(info, Verdict.STATIC, STATIC_ROLES.get(info.role, Reason.POLICY_RULE))
-    return _layer(info, Verdict.INELIGIBLE, info.reason)
-
-
 def _layer(info: LayerInfo, verdict: Verdict, reason: Reason) -> LayerResult:
+    """A layer of a source in which nothing may be converted."""
     return LayerResult(
         name=info.name,
         aliases=info.aliases,

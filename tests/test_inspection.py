@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 import padconvert
+from padconvert.__main__ import main
 from padconvert.inspection import inspect_file
 from padconvert.options import ConvertOptions
 from padconvert.report.json_document import text
 from padconvert.results import Inspection
+from padconvert.walk import walk
+from padconvert.walk.probe import find_probe
 from padconvert.words import Reason, Verdict
 
 
@@ -63,6 +67,43 @@ def test_nothing_eligible_is_a_finding_and_no_error(in_tmp: Path) -> None:
     found = inspected(in_tmp / "up.pt")
     assert [layer.reason for layer in found.layers] == [Reason.TRANSPOSED_CONVOLUTION]
     assert found.totals.params_output is None
+
+
+class Unready(nn.Module):
+    """Two blocks of a transformer's shape, in a network whose own forward fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+
+    def forward(self, _ids: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no table for\nthese ids")
+
+
+def test_where_no_layer_is_left_inspect_and_convert_say_the_same(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    block = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+    torch.save(nn.Sequential(nn.Embedding(9, 5), block, nn.Sequential(nn.Linear(4, 2))), in_tmp / "unready.pt")
+    assert main(["convert", "unready.pt", "-o", "out.safetensors"]) == 5
+    said = capsys.readouterr().err
+    assert "No block can be proven without a forward, and there was none: no input is known" in said
+    found = inspected(in_tmp / "unready.pt")
+    reasons = Counter(layer.reason for layer in found.layers)
+    assert reasons[Reason.FFN_NOT_PROVEN] == 2, found.layers
+    for reason, count in reasons.items():
+        assert f"{count} × {reason.value} (" in said
+
+
+def test_a_source_whose_own_forward_fails_names_its_error() -> None:
+    walked = walk(Unready(), find_probe(Unready(), None))
+    assert walked.method == "tree"
+    assert walked.notes[0].startswith("no input is known")
+    assert walked.notes[1] == (
+        "a forward on assumed 16 token ids below 9, to suit the first Embedding fails: RuntimeError: no table for"
+    )
+    assert len(walk(nn.Linear(2, 2), None).notes) == 1  # it has no input either, but takes the likeliest one
 
 
 def test_tensors_alone_are_listed_as_unknown(in_tmp: Path) -> None:

@@ -68,6 +68,26 @@ def test_a_proven_block_is_converted_as_a_whole_and_lone_layers_stay() -> None:
     assert (lone.group, lone.num_experts, lone.top_k) == ("", 4, 1)  # of 'defaults', as the rule changes it
 
 
+def test_without_a_forward_the_message_says_why_no_block_is_proven() -> None:
+    unproven = tuple(replace(info, group="", place=Place.ALONE) for info in block("", 4, 6))
+    failed = Walk(unproven, "tree", ("a forward on a guess fails: KeyError: 'table'",))
+    with pytest.raises(NothingEligibleError, match=r"No block can be proven without .*: KeyError: 'table'\. With 'lev"):
+        planned(failed)
+    with pytest.raises(NothingEligibleError) as caught:
+        planned(replace(failed, method="forward"))
+    assert "KeyError" not in str(caught.value)
+
+
+def test_neuron_for_all_layers_names_the_key_for_blocks_alone() -> None:
+    both = Walk((layer("conv", (8, 4, 2, 2)), *PLAIN.layers), "forward")
+    with pytest.raises(PolicyError, match=r"ask for it in the blocks alone with --set ffn\.granularity=neuron \(layer"):
+        planned(both, defaults__granularity="neuron")
+    assert {e.choice.granularity for e in planned(both, ffn__granularity="neuron").layers if e.choice} == {
+        Granularity.ELEMENT,
+        Granularity.NEURON,
+    }
+
+
 def test_at_level_linear_each_layer_is_by_itself() -> None:
     plan = planned(GATED, ffn__level="linear", rules=[{"name": "gate", "convert": False}])
     assert [(e.info.name, e.place, e.has_router) for e in plan.converted] == [

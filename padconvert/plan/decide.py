@@ -40,15 +40,13 @@ def make_plan(
     NothingEligibleError where no layer can or may be converted.
     """
     resolved = policy if isinstance(policy, Resolved) else Resolved(policy, {}, ())
-    has_blocks = any(info.group for info in walk.layers)
-    policy, notes = in_force(resolved.policy, route, has_blocks=has_blocks)
+    policy, notes = in_force(resolved.policy, route, has_blocks=any(info.group for info in walk.layers))
     first = first_matches(policy.rules, walk.layers, resolved.origins)
-    single = [_decide(info, resolved, rule, has_blocks) for info, rule in zip(walk.layers, first, strict=True)]
-    decided, broken = decided_as_blocks(single, resolved)
+    decided, broken = verdicts(walk, resolved, first)
     notes += broken
     asked = [layer for layer in decided if layer.choice is not None]
     if not asked:
-        raise NothingEligibleError(_nothing(decided, walk.mixtures))
+        raise NothingEligibleError(_nothing(decided, walk))
     layers, pools = with_counts(decided, pooled=policy.partition.scope == "global")
     notes += never_first(policy.rules, walk.layers, first)
     if all(layer.choice is None for layer in layers):
@@ -64,6 +62,18 @@ def make_plan(
         origins=dict(resolved.origins),
         notes=(*resolved.notes, *notes),
     )
+
+
+def verdicts(
+    walk: Walk, resolved: Resolved, first: Sequence[int | None] | None = None
+) -> tuple[list[LayerPlan], list[str]]:
+    """The verdict on every layer, its units not yet counted, and notes on blocks left alone; `first`: each layer's
+    rule. Raises PolicyError as `make_plan`, and nothing where no layer is left."""
+    if first is None:
+        first = first_matches(resolved.policy.rules, walk.layers, resolved.origins)
+    has_blocks = any(info.group for info in walk.layers)
+    single = [_decide(info, resolved, rule, has_blocks) for info, rule in zip(walk.layers, first, strict=True)]
+    return decided_as_blocks(single, resolved)
 
 
 #: learning rates where the policy leaves them open
@@ -99,7 +109,7 @@ def _decide(info: LayerInfo, resolved: Resolved, rule: int | None, has_blocks: b
         return LayerPlan(info, Verdict.STATIC, reason, rule, None, 0, 0, 0)
     if info.role is Role.FFN and not info.group and settings_for(info, policy, rule).level == "ffn":
         return LayerPlan(info, Verdict.INELIGIBLE, Reason.FFN_NOT_PROVEN, rule, None, 0, 0, 0)
-    choice = _choice(info, resolved, rule)
+    choice = _choice(info, resolved, rule, has_blocks)
     units = n_units(info, choice.granularity)
     reason = Reason.POLICY_DEFAULT if rule is None else Reason.POLICY_RULE
     return LayerPlan(info, Verdict.CONVERT, reason, rule, choice, units, None, None)
@@ -115,7 +125,7 @@ def _static_reason(info: LayerInfo, policy: Policy, rule: int | None, has_blocks
     return None if settings_for(info, policy, None).choice.convert else Reason.POLICY_DEFAULT
 
 
-def _choice(info: LayerInfo, resolved: Resolved, rule: int | None) -> LayerChoice:
+def _choice(info: LayerInfo, resolved: Resolved, rule: int | None, has_blocks: bool) -> LayerChoice:
     """Raises PolicyError where the settings ask for what this layer cannot have."""
     found = settings_for(info, resolved.policy, rule)
     settings, is_linear = found.choice, info.kind is Kind.LINEAR
@@ -132,6 +142,8 @@ def _choice(info: LayerInfo, resolved: Resolved, rule: int | None) -> LayerChoic
     fault = choice_fault(info, choice)
     if fault is not None:
         key, text = fault
+        if key == "granularity" and found.path(key) == "defaults.granularity" and has_blocks:
+            text += ", or ask for it in the blocks alone with --set ffn.granularity=neuron"
         raise PolicyError(f"{with_origin(found.path(key), resolved.origins)}: {text} (layer {info.name})")
     return choice
 
@@ -158,7 +170,7 @@ def choice_fault(info: LayerInfo, choice: LayerChoice) -> tuple[str, str] | None
     return None
 
 
-def _nothing(layers: Sequence[LayerPlan], mixtures: Sequence[str]) -> str:
+def _nothing(layers: Sequence[LayerPlan], walk: Walk) -> str:
     if not layers:
         return (
             "the source has no convolution or linear layer, so there is nothing to convert. What can be converted are "
@@ -166,8 +178,10 @@ def _nothing(layers: Sequence[LayerPlan], mixtures: Sequence[str]) -> str:
         )
     counts: Mapping[Reason, int] = Counter(layer.reason for layer in layers)
     listed = ", ".join(f"{count} × {reason.value} ({reason.explanation})" for reason, count in counts.items())
-    if mixtures:
-        listed += f", {len(mixtures)} × {Reason.ALREADY_EXPERTS.value} ({mixtures[0]})"
+    if walk.mixtures:
+        listed += f", {len(walk.mixtures)} × {Reason.ALREADY_EXPERTS.value} ({walk.mixtures[0]})"
+    if walk.method == "tree" and any(layer.reason is Reason.FFN_NOT_PROVEN for layer in layers):
+        listed += f". No block can be proven without a forward, and there was none: {'; '.join(walk.notes)}"
     return f"no layer is left to convert: {listed}. {_way_out(layers)}"
 
 

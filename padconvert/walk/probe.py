@@ -47,6 +47,26 @@ def find_probe(module: nn.Module, input_shape: tuple[int, ...] | None) -> ProbeS
     return next((spec for spec in tried if _accepts(module, spec)), None)
 
 
+def why_refused(module: nn.Module) -> str | None:
+    """What the likeliest guess at the module's inputs meets, in a line; None where it is accepted or there is none."""
+    if is_uninitialized(module):
+        return None
+    for inputs, origin in islice(guesses(module), 1):
+        args, kwargs = ProbeSpec(inputs, SEED, origin).make(TRIAL_BATCH, device_of(module))
+        try:
+            with untouched(module):
+                call(module, args, kwargs)
+        except Exception as error:  # the model's own code may raise anything
+            return f"a forward on {origin} fails: {error_line(error)}"
+    return None
+
+
+def error_line(error: Exception) -> str:
+    """The kind of an error of the model's own code, and the first line of what it says."""
+    line = next(iter(str(error).strip().splitlines()), "") or "no message"
+    return f"{type(error).__name__}: {line}"
+
+
 def _accepts(module: nn.Module, spec: ProbeSpec) -> bool:
     """Whether a forward runs and gives floating-point outputs."""
     args, kwargs = spec.make(TRIAL_BATCH, device_of(module))

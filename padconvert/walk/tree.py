@@ -15,6 +15,7 @@ from padconvert.walk.forward import Watched, watch
 from padconvert.walk.found import Found, find_layers
 from padconvert.walk.groups import Groups, find_groups
 from padconvert.walk.info import LayerInfo, Walk
+from padconvert.walk.probe import error_line, why_refused
 from padconvert.walk.quiet import is_uninitialized
 from padconvert.walk.roles import find_roles
 from padconvert.walk.spec import ProbeSpec
@@ -74,14 +75,15 @@ def _try_to_watch(
 ) -> tuple[Watched | None, tuple[str, ...]]:
     """A watched forward, or the note that says why there is none."""
     if probe is None:
-        return None, ("no input is known, so shapes, multiply-adds and call order are not either",)
+        unknown = "no input is known, so shapes, multiply-adds and call order are not either"
+        refused = why_refused(root)
+        return None, (unknown,) if refused is None else (unknown, refused)
     if is_uninitialized(root):
         return None, ("no forward was made: it would give the lazy layers their weights",)
     try:
         return watch(root, layers, probe), (f"inputs: {probe.origin}",)
     except Exception as error:  # the model's own code may raise anything; a walk never does
-        line = next(iter(str(error).splitlines()), "") or "no message"
-        return None, (f"a forward on {probe.origin} fails: {type(error).__name__}: {line}",)
+        return None, (f"a forward on {probe.origin} fails: {error_line(error)}",)
 
 
 def _info(layer: Found, index: int, judged: tuple[Reason, str], role: Role, watched: Watched | None) -> LayerInfo:
