@@ -9,17 +9,25 @@ from typing import Any
 
 import torch
 
-from padconvert.errors import UsageError
+from padconvert.errors import FileError, UsageError
 from padconvert.finetune.data.readers import table
 from padconvert.finetune.data.sources import Data, open_data
 from padconvert.finetune.data.tokenizer import Tokenizer, tokenizer_of
 from padconvert.finetune.head import train_head_
+from padconvert.load.directory_files import read_config
 from padconvert.load.directory_head import has_head, with_head
 from padconvert.load.opened import Opened
 from padconvert.options import ConvertOptions
 from padconvert.policy import Policy
 from padconvert.progress import Progress
 from padconvert.walk.quiet import device_of
+
+#: networks whose table of positions begins after the padding's number, as RoBERTa's does
+_OFFSET = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet", "ibert", "esm"})
+
+
+#: a config with one of these has positions that are computed, and no end to them
+_COMPUTED = ("rope_theta", "global_rope_theta", "rope_parameters", "rope_scaling")
 
 
 def open_task(
@@ -43,12 +51,28 @@ def open_task(
 def tokenizer_for(path: Path, policy: Policy, data: Sequence[str]) -> Tokenizer | None:
     """The tokenizer of a transformers directory where `data` may be text, else None."""
     wanted = policy.data.text_columns or any(map(table.matches, data))
-    return tokenizer_of(path) if wanted and (path / "config.json").is_file() and _reads_text(path) else None
+    if not (wanted and (path / "config.json").is_file() and _reads_text(path)):
+        return None
+    tokenizer = tokenizer_of(path)
+    limit = positions_of(read_config(path))
+    if limit is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    return tokenizer
 
 
 def _reads_text(path: Path) -> bool:
     """A network of images has a preprocessor's settings and no tokenizer."""
     return not ((path / "preprocessor_config.json").is_file() and not (path / "tokenizer_config.json").is_file())
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """How many tokens a transformers network takes at once, where it looks their positions up in a table."""
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    if not isinstance(positions, int) or any(config.get(key) for key in _COMPUTED):
+        return None
+    padding = config.get("pad_token_id")
+    offset = padding + 1 if config.get("model_type") in _OFFSET and isinstance(padding, int) else 0
+    return positions - offset if positions > offset else None
 
 
 def label_numbers(architecture: Mapping[str, Any]) -> dict[str, int] | None:
@@ -72,6 +96,11 @@ def _with_trained_head(
     if data.num_outputs is None:
         raise UsageError(f"--task {policy.data.task}: the data has no labels to make a head for.")
     regression = data.task is not None and data.task.regression
+    if data.num_outputs < 2 and not regression:
+        raise FileError(
+            f"{', '.join(policy.data.train)}: its labels are all of one class, and --task {policy.data.task} needs two "
+            "or more to tell apart. Add examples of other classes, or take --task regression if labels are numbers"
+        )
     module, architecture, new = with_head(
         opened.module,
         opened.architecture,

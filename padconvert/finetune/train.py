@@ -102,6 +102,12 @@ def check_examples(model: nn.Module, examples: Examples, name: str, device: torc
     labels = known_labels(examples)
     if batch.labels is None or labels is None or labels.is_floating_point():
         return
+    fits = logits.dim() == batch.labels.dim() + 1
+    if not fits and hasattr(model, "config") and batch.labels.dim() == 1:
+        raise FileError(
+            f"{name}: has one label an example, and the source gives outputs {list(logits.shape[1:])} for each: it has "
+            "no head for classes. '--task classification' gives it one"
+        )
     check_labels(labels, logits.shape[class_axis(logits, batch.labels)], name)
 
 
@@ -111,6 +117,9 @@ def _outputs(model: nn.Module, batch: Batch, name: str) -> Tensor:
         with torch.no_grad():
             return logits_of(forward(model.eval(), batch.inputs))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        said = _beyond(model, batch)
+        if said is not None:
+            raise FileError(f"the model cannot take {name}: {said}") from error
         shapes = {key: list(tensor.shape) for key, tensor in tensors_of(batch.inputs).items()}
         raise FileError(
             f"the model cannot take {name}, batches of {_plain(shapes)}: {str(error).splitlines()[0]}. "
@@ -118,6 +127,26 @@ def _outputs(model: nn.Module, batch: Batch, name: str) -> Tensor:
         ) from error
     finally:
         model.train(training)
+
+
+def _beyond(model: nn.Module, batch: Batch) -> str | None:
+    """What token ids have to do with a failed forward: more of them than the largest table of a network has."""
+    inputs = tensors_of(batch.inputs)
+    ids = inputs.get("input_ids", inputs.get(""))
+    tables = [each.num_embeddings for each in model.modules() if isinstance(each, nn.Embedding)]
+    if ids is None or ids.is_floating_point() or not ids.numel() or not tables:
+        return None
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= max(tables):
+        odd = low if low < 0 else high
+        return (
+            f"it has token id {odd}, and the source's vocabulary goes from 0 to {max(tables) - 1}. Take the tokenizer "
+            "that the source was trained with"
+        )
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(positions, int) and ids.dim() == 2 and ids.shape[1] > positions:
+        return f"texts of {ids.shape[1]} tokens, and the source has {positions} positions. Lower data.max_length"
+    return None
 
 
 def _plain(shapes: dict[str, list[int]]) -> str:
