@@ -113,6 +113,7 @@ def save(
     """
     folded = fold(model).eval()
     twin = static_twin(folded)
+    twin.__dict__.pop("hf_quantizer", None)  # what saves a model of transformers is no part of the network
     # before any forward: some models hang hooks on themselves then, which cannot be described
     architecture, extra = describe(twin, trust)
     probe = find_probe(twin, None) if inputs is None else probe_of_batch(inputs)

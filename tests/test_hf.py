@@ -272,6 +272,12 @@ def test_a_file_and_a_module_of_ones_own_are_saved_as_well(bert: Path, tmp_path:
         assert state(from_pretrained(tmp_path / f"{n}", name)) == state(mine)
 
 
+def test_it_is_saved_as_a_file_as_well(bert: Path, tmp_path: Path) -> None:
+    model = padconvert.load(bert)
+    padconvert.save(model, tmp_path / "file.st")
+    assert state(padconvert.load(tmp_path / "file.st")) == state(model)
+
+
 def test_without_converted_layers_it_is_a_plain_directory(tmp_path: Path) -> None:
     source = tiny("BertForSequenceClassification")
     out = write(source, saved(source, tmp_path / "source"), tmp_path / "out", trained=False)
