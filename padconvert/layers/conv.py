@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import cast
 
 import torch
@@ -49,7 +50,7 @@ class PadConv(PadLayer):
         """[B, C, *spatial] → [B, C] in the mixing dtype, without a copy of the map in it."""
         # not `mean`: its gradient is divided position by position
         summed_BC = x.sum(tuple(range(2, x.dim())), dtype=self.mixing_dtype)
-        return summed_BC / x.shape[2:].numel()
+        return summed_BC / math.prod(x.shape[2:])  # `numel` would fix an exported size
 
     def route(self, x: Tensor) -> Tensor:
         with without_autocast(x):

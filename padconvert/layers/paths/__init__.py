@@ -29,7 +29,7 @@ def convolve(layer: PadConv, x: Tensor) -> Tensor:
     if layer.shares_experts:
         return shared.convolve(layer, x)
     out: Tensor = PATHS[choose(layer, x)].convolve(layer, x)
-    form = memory_format(x)
+    form = torch.contiguous_format if torch.compiler.is_exporting() else memory_format(x)
     return out if form is torch.contiguous_format else out.contiguous(memory_format=form)
 
 
