@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,15 @@ def _from_pretrained(checkpoint: Checkpoint) -> nn.Module:
     cls: Any = getattr(importlib.import_module("transformers"), str(checkpoint.manifest.architecture["class"]))
     with alone(str(checkpoint.path)):
         loaded: nn.Module = cls.from_pretrained(_path(checkpoint), local_files_only=True)
-    return loaded
+    return aligned_(loaded)
+
+
+def aligned_(model: nn.Module) -> nn.Module:
+    """Its tensors in memory of their own: transformers leaves them where the file has them, and products of numbers
+    that begin elsewhere in a cache line are rounded in another order."""
+    for tensor in chain(model.parameters(), model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
 
 
 def _path(checkpoint: Checkpoint) -> str:

@@ -28,6 +28,7 @@ from padconvert.load.directory_build import alone
 from padconvert.results import Check
 from padconvert.rewrite import pad_layers
 from padconvert.verify import verify
+from padconvert.verify_hf import aligned_
 from padconvert.words import Place
 from test_directory_artefact import content, state
 
@@ -55,6 +56,7 @@ def test_the_same_outputs_to_the_bit(name: str, settings: dict[str, Any], tmp_pa
     ours, theirs, probe = padconvert.load(out), from_pretrained(out, name), probe_of(source)
     assert set(pad_layers(ours)) == set(pad_layers(theirs)) != set()
     assert state(ours) == state(theirs)
+    aligned_(theirs)
     for a, b, c in zip(outputs(ours, probe), outputs(theirs, probe), outputs(source, probe), strict=True):
         assert torch.equal(a, b)
         assert not torch.allclose(a, c, atol=1e-6)
