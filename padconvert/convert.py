@@ -174,7 +174,8 @@ def _measured_gates(measured: Comparison | None, options: ConvertOptions) -> tup
 
 def _check_files(source: Path, output: Path, options: ConvertOptions) -> None:
     """Nothing that is there is replaced unasked, and no file is asked to be two things."""
-    if options.work_dir is not None and options.work_dir.resolve().is_relative_to(source.resolve()):
+    inside = options.work_dir is not None and options.work_dir.resolve().is_relative_to(source.resolve())
+    if inside and source.is_dir():
         raise UsageError(
             f"--work-dir {options.work_dir}: lies in the source, which stays as it is; name another folder."
         )

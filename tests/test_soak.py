@@ -47,10 +47,6 @@ def raises(error: BaseException) -> Callable[[Path], str]:
     return read
 
 
-def refuses_several_lines(path: Path) -> str:
-    raise FileError(f"{path}: one line\nand another")
-
-
 def runs_code(path: Path) -> str:
     Path("canary").touch()
     raise FileError(f"{path}: refused, too late")
@@ -79,7 +75,6 @@ READERS: dict[str, Callable[[Path], str]] = {
     "TypeError: traceback": raises(TypeError("traceback")),
     "AssertionError: exit code 1": raises(PadconvertError("internal")),
     "AssertionError: no file is named": raises(FileError("somewhere: something")),
-    "AssertionError: several lines": refuses_several_lines,
     "AssertionError: a damaged file is taken for a good one": lambda path: "another meaning",  # noqa: ARG005
     "it ran code": runs_code,
     "Hang: over": swallows_the_alarm,

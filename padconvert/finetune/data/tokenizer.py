@@ -34,7 +34,9 @@ class Tokenizer(Protocol):
     def eos_token_id(self) -> int | None: ...
     @property
     def pad_token_type_id(self) -> int: ...
+
     model_max_length: int
+
     def num_special_tokens_to_add(self, pair: bool = ...) -> int: ...
     def __call__(
         self, text: Sequence[str], text_pair: Sequence[str] | None = ..., *, truncation: bool, max_length: int

@@ -102,7 +102,7 @@ class _Placed(torch.autograd.Function):
         out = _empty(dynamic, total)
         for part, units in ((static, static_units), (dynamic, dynamic_units)):
             if part.dim() == 3 and part.shape[2] == 1:
-                out.view(len(out), -1).scatter_(1, units.expand(len(out), -1), part[..., 0])
+                out.view(len(out), total).scatter_(1, units.expand(len(out), -1), part[..., 0])
             else:
                 out.index_copy_(1, units, part)
         return out
