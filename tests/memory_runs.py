@@ -47,7 +47,7 @@ def run(spec: dict[str, Any], width: int) -> tuple[float, int]:
     np.savez("data.npz", x=x, y=np.random.RandomState(1).randint(0, 3, SAMPLES))
     given = {key: tuple(value) for key, value in spec["options"].items() if isinstance(value, list)}
     given = {**spec["options"], **given}
-    options = ConvertOptions(output=Path("out.st"), force=True, max_memory=10**12, **given)
+    options = ConvertOptions(output=Path("out.st"), force=True, max_memory=10**12, **given)  # type: ignore[arg-type]
     gc.collect()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
     (gate,) = convert("model.pt", options).gates

@@ -249,7 +249,7 @@ def test_routing_matters_after_fold() -> None:
     wanted = output(folded)
     for layer in pad_layers(folded).values():
         with torch.no_grad():
-            for parameter in layer.router.parameters():
+            for parameter in layer.router.parameters():  # type: ignore[union-attr]
                 parameter.zero_()
     assert relative(output(folded), wanted) > 1e-5
 

@@ -182,7 +182,7 @@ def test_a_block_has_one_router_and_lists_its_hidden_units_once() -> None:
 @given(blocks())
 def test_blocks_are_read_as_they_were_written(layers: list[LayerEntry]) -> None:
     tensors = {name: tensor for layer in layers for name, tensor in tensors_of(layer).items()}
-    built = {}
+    built = {}  # type: ignore[var-annotated]
     for layer in layers:
         state = build_layer(layer.facts).state_dict()
         built |= {f"{layer.name}.{name}": tuple(value.shape) for name, value in state.items()}

@@ -224,7 +224,7 @@ def test_what_lies_unread_beside_the_model_is_no_memory(here: Path) -> None:
                    here / "model.pt", _use_new_zipfile_serialization=not legacy)  # fmt: skip
         assert least_memory(here / "model.pt") == size < (here / "model.pt").stat().st_size // 10
     module[2].register_buffer("again", big[3])
-    module[2].weight = nn.Parameter(module[2].weight.half())
+    module[2].weight = nn.Parameter(module[2].weight.half())  # type: ignore[arg-type]
     save_file({"a": torch.ones(3, dtype=torch.float16), "b": torch.ones(2, 2)}, here / "model.safetensors")
     assert least_memory(here / "model.safetensors") == 3 * 2 + 4 * 4
     torch.save(module, here / "model.pt")
@@ -239,7 +239,7 @@ def test_accuracy(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     scores = iter([0.75, 0.74])
     code, document, _ = run("--max-accuracy-drop", "0.01", *data, capsys=capsys)
     assert code == 0
-    assert document["gates"] == [gate("max_accuracy_drop", pytest.approx(0.01), 0.01, True, "accuracy")]
+    assert document["gates"] == [gate("max_accuracy_drop", pytest.approx(0.01), 0.01, True, "accuracy")]  # type: ignore[arg-type]
     (here / "out.st").write_bytes(OLD)
     scores = iter([0.75, 0.5])
     code, document, said = run("--max-accuracy-drop", "0.2", "--require-layers", "1", *data, capsys=capsys)

@@ -296,7 +296,7 @@ def test_layers_that_tell_the_truth_load() -> None:
     torch.save(model, "model.pt")
     module = open_source("model.pt").module
     assert module is not None
-    assert [type(each) for each in module] == [type(each) for each in model]
+    assert [type(each) for each in module] == [type(each) for each in model]  # type: ignore[attr-defined]
 
 
 # ---- bytes that changed, and pickles of other makers
@@ -307,7 +307,7 @@ def test_a_flipped_bit_of_a_weight_is_found(what: str, in_tmp: Path, capsys: pyt
     made = net()
     torch.save(made if what == "a module" else made.state_dict(), "model.pt")
     raw = bytearray((in_tmp / "model.pt").read_bytes())
-    values = made[2].weight.detach().numpy().tobytes()
+    values = made[2].weight.detach().numpy().tobytes()  # type: ignore[operator]
     raw[raw.index(values) + 5] ^= 1
     (in_tmp / "model.pt").write_bytes(raw)
     from padconvert.load import open_source
@@ -374,7 +374,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    config = BertConfig(
+    config = BertConfig(  # type: ignore[call-arg]
         vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=2,
         max_position_embeddings=32,
     )  # fmt: skip

@@ -89,7 +89,7 @@ def test_a_convolution_is_the_formula_for_every_sample(case: str, granularity: G
     pad = made_unequal(static, granularity, router="mlp")
     x = torch.randn(3, *shape, dtype=DOUBLE)
     found = pad(x)
-    routing_BK = pad.router(x.flatten(2).mean(-1))
+    routing_BK = pad.router(x.flatten(2).mean(-1))  # type: ignore[misc]
     assert float((routing_BK[0] - routing_BK[1]).detach().abs().max()) > 1e-3
     for b in range(3):
         plain = copy.deepcopy(static)
@@ -105,7 +105,7 @@ def test_a_linear_layer_is_the_formula_for_every_token(granularity: Granularity)
     x = torch.randn(2, 4, 5, dtype=DOUBLE)
     found = pad(x)
     for b, t in itertools.product(range(2), range(4)):
-        routing_K = pad.router(x[b, t])
+        routing_K = pad.router(x[b, t])  # type: ignore[misc]
         expected = formula(pad, "weight", routing_K) @ x[b, t] + formula(pad, "bias", routing_K)
         torch.testing.assert_close(found[b, t], expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(pad(x[0, 0]), found[0, 0], rtol=0, atol=1e-12)
@@ -117,7 +117,7 @@ def test_sequence_routing_takes_one_weight_a_sample(granularity: Granularity) ->
     x = torch.randn(2, 4, 5, dtype=DOUBLE)
     found = pad(x)
     for b in range(2):
-        routing_K = pad.router(x[b].mean(0))
+        routing_K = pad.router(x[b].mean(0))  # type: ignore[misc]
         expected = x[b] @ formula(pad, "weight", routing_K).T + formula(pad, "bias", routing_K)
         torch.testing.assert_close(found[b], expected, rtol=0, atol=1e-12)
 

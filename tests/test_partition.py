@@ -109,7 +109,7 @@ def trained_layer(granularity: Granularity = Granularity.ELEMENT) -> tuple[PadLa
         learned_scales=True,
         generator=generator,
     )
-    pad.router.initialise_(x, generator)
+    pad.router.initialise_(x, generator)  # type: ignore[union-attr]
     optimizer = torch.optim.Adam(pad.parameters(), lr=0.005)
     for _ in range(40):
         optimizer.zero_grad()

@@ -230,7 +230,7 @@ def buffered(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[PadConv, nn.Modu
         assert choose(pad, x) == "buffer"
         pad(x)
     assert pad in buffer._buffers.kept
-    return (pad, source, x)
+    return (pad, source, x)  # type: ignore[return-value]
 
 
 def check(pad: PadConv, source: nn.Module, x: Tensor, before: Tensor) -> None:
@@ -252,7 +252,7 @@ CHANGES: dict[str, Callable[[PadConv], object]] = {
     "other_parameter": lambda pad: setattr(
         pad, "weight_static", nn.Parameter(torch.randn_like(cast(Tensor, pad.weight_static)))
     ),
-    "scales": lambda pad: (pad.add_scales_(), cast(Tensor, pad.scale_logit).fill_(1.0)),
+    "scales": lambda pad: (pad.add_scales_(), cast(Tensor, pad.scale_logit).fill_(1.0)),  # type: ignore[func-returns-value]
     "router": lambda pad: cast(nn.Module, pad.router).get_parameter("weight").neg_(),
     "partition": lambda pad: pad.partition_("weight", pad.units("weight").mask().logical_and_(
         torch.arange(pad.view("weight").units) > 200), torch.tensor([0.9, 0.1, 0.0])),
@@ -385,7 +385,7 @@ def test_the_environment_forces_a_path(name: str, monkeypatch: pytest.MonkeyPatc
     pad = made_unequal(nn.Conv2d(6, 8, 1), Granularity.CHANNEL)
     called = []
     own = PATHS[name].convolve
-    monkeypatch.setattr(PATHS[name], "convolve", lambda layer, x: called.append(name) or own(layer, x))
+    monkeypatch.setattr(PATHS[name], "convolve", lambda layer, x: called.append(name) or own(layer, x))  # type: ignore[func-returns-value]
     forced(monkeypatch, name)
     with torch.no_grad():
         pad(torch.randn(2, 6, 5, 5))

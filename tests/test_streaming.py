@@ -78,7 +78,7 @@ class Net(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(4, 8, 3, padding=1)
         self.grouped = nn.Conv2d(8, 12, 3, groups=2, bias=False)
-        self.last = nn.Conv2d(12, 6, 1).to(memory_format=torch.channels_last)
+        self.last = nn.Conv2d(12, 6, 1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.one = nn.Linear(6, 6)
         self.two = self.one
         self.out = nn.Linear(6, 3)
@@ -97,8 +97,13 @@ def converted(tmp_path: Path, granularity: str, **options: object) -> tuple[Net,
     source, output = Net(), tmp_path / "out.pad.safetensors"
     torch.save(source, tmp_path / "model.pt")
     given = ConvertOptions(
-        output=output, granularity=granularity, trust=("test_streaming",), sets=(EVERYTHING,), force=True, **options
-    )  # type: ignore[arg-type]
+        output=output,
+        granularity=granularity,
+        trust=("test_streaming",),
+        sets=(EVERYTHING,),
+        force=True,
+        **options,  # type: ignore[arg-type]
+    )
     convert(tmp_path / "model.pt", given)
     return source, output
 
@@ -144,7 +149,7 @@ def test_on_the_files_pages_an_artefact_computes_what_it_computes_loaded(granula
         assert torch.allclose(loaded(x), wanted, atol=1e-6)
     for name, layer in pad_layers(mapped).items():
         assert layer.shares_experts
-        assert torch.equal(shared.expert(layer, "weight"), source.get_submodule(name).weight)
+        assert torch.equal(shared.expert(layer, "weight"), source.get_submodule(name).weight)  # type: ignore[arg-type]
         assert not pad_layers(loaded)[name].shares_experts  # to be trained
 
 
@@ -162,16 +167,17 @@ class Filled(nn.Module):
 def test_a_factory_fills_no_parameter_and_takes_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     uniform = Tensor.uniform_
-    monkeypatch.setattr(Tensor, "uniform_", lambda self, *a, **k: (calls.append("uniform_"), uniform(self, *a, **k))[1])
+    monkeypatch.setattr(Tensor, "uniform_", lambda self, *a, **k: (calls.append("uniform_"), uniform(self, *a, **k))[1])  # type: ignore[func-returns-value]
     given = {name: torch.randn_like(tensor) for name, tensor in Filled().state_dict().items() if tensor.dim()}
     given["again.weight"], given["again.bias"] = given["tied.weight"], given["tied.bias"]
     calls.clear()
     module = build_factory({"ref": "test_streaming:Filled", "args": {}})
     assert calls == []
     put_tensors_(module, given, "here")
-    assert module.kept.tolist() == [1, 1, 1]
+    assert module.kept.tolist() == [1, 1, 1]  # type: ignore[operator]
     assert module.tied is module.again
-    assert module.conv.weight.data_ptr() == given["conv.weight"].data_ptr()  # not a copy
+    placed = module.get_parameter("conv.weight")
+    assert placed.data_ptr() == given["conv.weight"].data_ptr()  # not a copy
     for name, tensor in given.items():
         assert torch.equal(module.state_dict()[name], tensor)
 

@@ -135,7 +135,7 @@ def test_routing_by_sequence_is_refused_where_samples_are_not_first_or_positions
     funnel = transformers.FunnelModel(
         transformers.FunnelConfig(vocab_size=99, d_model=16, block_sizes=[1, 1], n_head=2, d_head=8, d_inner=24)
     )
-    for model in (xlnet.eval(), funnel.eval()):
+    for model in (xlnet.eval(), funnel.eval()):  # type: ignore[no-untyped-call]
         with pytest.raises(PolicyError, match="batch, positions, channels"):
             planned(model, ffn__routing="sequence", ffn__top_k=0)
 
