@@ -69,8 +69,10 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
         if options.dry_run:
             return _dry_run(opened, plan, walked, resolved, options, clock, gates)
 
-        make = _streamed if plan.route == "data-free" or data is None else _fine_tuned
-        made = make(opened, plan, probe, data, options, device, progress, clock)
+        if plan.route == "data-free" or data is None:
+            made = _streamed(opened, plan, probe, data, progress, clock)
+        else:
+            made = _fine_tuned(opened, plan, probe, data, options, device, progress, clock)
         gates = hold((*gates, *_measured_gates(made.trained.comparison, options)))
 
         progress.stage("write")
@@ -115,12 +117,9 @@ def _streamed(
     plan: Plan,
     probe: ProbeSpec | None,
     data: Data | None,
-    options: ConvertOptions,
-    device: torch.device,
     progress: Progress,
     clock: Clock,
 ) -> _Made:
-    del options, device
     progress.stage("rewrite")
     streamed = stream(opened, plan, probe, _seen(opened, data))
     clock.lap("rewrite")
@@ -131,13 +130,12 @@ def _fine_tuned(
     opened: Opened,
     plan: Plan,
     probe: ProbeSpec | None,
-    data: Data | None,
+    data: Data,
     options: ConvertOptions,
     device: torch.device,
     progress: Progress,
     clock: Clock,
 ) -> _Made:
-    assert data is not None, "something is trained"
     progress.stage("rewrite")
     model = opened.dynamic_copy(plan)
     equal = equality(opened.module, model, probe, _seen(opened, data))

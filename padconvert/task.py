@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from padconvert.errors import FileError, UsageError
 from padconvert.finetune.data.readers import table
 from padconvert.finetune.data.sources import Data, open_data
@@ -24,8 +22,6 @@ from padconvert.walk.quiet import device_of
 
 #: networks whose table of positions begins after the padding's number, as RoBERTa's does
 _OFFSET = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet", "ibert", "esm"})
-
-
 #: a config with one of these has positions that are computed, and no end to them
 _COMPUTED = ("rope_theta", "global_rope_theta", "rope_parameters", "rope_scaling")
 
@@ -111,7 +107,7 @@ def _with_trained_head(
         pad_token=None if tokenizer is None else tokenizer.pad_token_id,
         where=str(opened.path),
     )
-    device = device_of(opened.module) or torch.device("cpu")
+    device = device_of(opened.module)
     module = module.to(device)
     if options.dry_run:
         return replace(opened, module=module, static=module, architecture=architecture)

@@ -80,12 +80,12 @@ def own_part(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return part if isinstance(part, dict) and part.get("quant_method") == METHOD else None
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises FileError."""
+def read_object(path: Path, limit: int = MAX_HEADER) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes. Raises FileError."""
     with open_regular(path) as file:
-        text = file.read(MAX_HEADER + 1)
-    if len(text) > MAX_HEADER:
-        raise FileError(f"{path}: is larger than {MAX_HEADER} bytes.")
+        text = file.read(limit + 1)
+    if len(text) > limit:
+        raise FileError(f"{path}: is larger than {limit >> 20} MiB, so no file of a transformers directory.")
     try:
         document = parse_json(text, "the file")
     except FileError as error:

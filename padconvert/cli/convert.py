@@ -59,11 +59,10 @@ def convert(
         dynamic_ratio=dynamic_ratio, experts=experts, granularity=granularity, working_file=parse.working_file(),
         arch=arch, arch_args=parse.arch_args(arch_arg), input_shape=parse.input_shape(input_shape),
         trust=tuple(trust or ()), state_key=state_key, data=tuple(data or ()), eval_data=tuple(eval_data or ()),
-        text_columns=tuple(text_column or ()), label_column=label_column, task=task,
-        max_shard_size=parse.size("--max-shard-size", max_shard_size),
-        steps=steps, batch_size=batch_size, lr=lr, compare=compare, work_dir=work_dir, seed=seed, device=device,
-        dry_run=dry_run, plan=plan, plan_out=plan_out, max_accuracy_drop=max_accuracy_drop,
+        text_columns=tuple(text_column or ()), label_column=label_column, task=task, steps=steps,
+        batch_size=batch_size, lr=lr, compare=compare, work_dir=work_dir, seed=seed, device=device, dry_run=dry_run,
+        plan=plan, plan_out=plan_out, max_accuracy_drop=max_accuracy_drop, require_layers=require_layers, strict=strict,
         max_size=parse.size("--max-size", max_size), max_memory=parse.size("--max-memory", max_memory),
-        require_layers=require_layers, strict=strict,
+        max_shard_size=parse.size("--max-shard-size", max_shard_size),
     )  # fmt: skip
     run_convert(source, options, as_json=as_json, report=report, quiet=quiet)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from padconvert.checkpoint.header import open_regular, parse_json, quote
+from padconvert.checkpoint.folder import read_object
+from padconvert.checkpoint.header import open_regular, quote
 from padconvert.errors import FileError, UnsafeError
 from padconvert.load.source import sha256_of_all
 
@@ -87,7 +88,7 @@ def _elsewhere(folder: Path) -> FileError | None:
 def read_config(folder: Path) -> dict[str, Any]:
     """The directory's config.json as a dict of plain values. Raises FileError, UnsafeError where it lies elsewhere."""
     path = file_inside(folder, CONFIG)
-    config = _read_json(path, _MAX_CONFIG)
+    config = read_object(path, _MAX_CONFIG)
     check_depth(config, str(path))
     return config
 
@@ -143,7 +144,7 @@ def file_inside(folder: Path, name: str) -> Path:
 
 def _read_index(folder: Path, path: Path) -> dict[Path, frozenset[str]]:
     """Each shard with the names of its tensors, in the order of the shards' names."""
-    weight_map = _read_json(path, _MAX_INDEX).get("weight_map")
+    weight_map = read_object(path, _MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileError(f"{path}: has no 'weight_map' from tensors to files. Download the directory again.")
     tensors: dict[str, set[str]] = {}
@@ -169,17 +170,3 @@ def _check_present(path: Path) -> None:
     if not path.exists():
         raise FileError(f"{path}: is missing, though the directory's model needs it. Download the directory again.")
     open_regular(path).close()
-
-
-def _read_json(path: Path, limit: int) -> dict[str, Any]:
-    with open_regular(path) as file:
-        text = file.read(limit + 1)
-    if len(text) > limit:
-        raise FileError(f"{path}: is larger than {limit >> 20} MiB, so no file of a transformers directory.")
-    try:
-        document = parse_json(text, "it")
-    except FileError as error:
-        raise FileError(f"{path}: {error}") from None
-    if not isinstance(document, dict):
-        raise FileError(f"{path}: holds no JSON object. Download the directory again.")
-    return document

@@ -9,13 +9,14 @@ Legend of names: T tokens, J = top_k chosen experts, K experts, I inputs, O outp
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from padconvert.layers.autocast import without_autocast
 from padconvert.layers.paths import aggregate, experts_in_place
+from padconvert.layers.paths.parts import reordered
 from padconvert.words import Granularity, Routing
 
 if TYPE_CHECKING:
@@ -167,28 +168,9 @@ def _by_expert(rows_NI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None, expe
     order_N = expert_N.argsort(stable=True)
     inverse_N = order_N.argsort()
     counts = torch.bincount(expert_N, minlength=len(weight_KOI)).tolist()
-    pieces = _reordered(rows_NI, order_N, inverse_N).split(counts)
+    pieces = reordered(rows_NI, order_N, inverse_N, 0).split(counts)
     # taken apart once: the gradient of `weight_KOI[k]` would be a whole [K, O, I] for every k
     biases = [None] * len(weight_KOI) if bias_KO is None else list(bias_KO.unbind())
     experts = zip(pieces, weight_KOI.unbind(), biases, strict=True)
     outs = [torch.nn.functional.linear(piece, weight, bias) for piece, weight, bias in experts]
-    return _reordered(torch.cat(outs), inverse_N, order_N)
-
-
-class _Reorder(torch.autograd.Function):
-    """Rows in another order. The gradient goes back by the inverse order, where indexing's own would add up rows."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return gradient.index_select(0, inverse), None, None
-
-
-def _reordered(rows: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
-    reordered: Tensor = _Reorder.apply(rows, order_N, inverse_N)  # type: ignore[no-untyped-call]
-    return reordered
+    return reordered(torch.cat(outs), inverse_N, order_N, 0)

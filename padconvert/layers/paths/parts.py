@@ -70,8 +70,13 @@ def side_by_side(layer: PadLayer, part: str, routing_BK: Tensor) -> Tensor:
 def ordered(packed: Tensor, units: Units) -> Tensor:
     """[B, N + D, …], the static units first, each unit in its place: [B, U, …]."""
     order = torch.cat([units.static, units.dynamic])
-    whole: Tensor = _Ordered.apply(packed, order.argsort(), order)  # type: ignore[no-untyped-call]
-    return whole
+    return reordered(packed, order.argsort(), order, 1)
+
+
+def reordered(value: Tensor, order: Tensor, inverse: Tensor, dim: int) -> Tensor:
+    """`value` in another order along `dim`; `inverse` undoes `order`, and takes the gradient back."""
+    taken: Tensor = _Ordered.apply(value, order, inverse, dim)  # type: ignore[no-untyped-call]
+    return taken
 
 
 def placed(static: Tensor, dynamic: Tensor, units: Units) -> Tensor:
@@ -114,17 +119,18 @@ class _Placed(torch.autograd.Function):
 
 
 class _Ordered(torch.autograd.Function):
-    """Units in another order. The gradient goes back by the inverse order, where indexing's own would add up units."""
+    """Slices in another order. The gradient goes back by the inverse order, where indexing's own would add them up."""
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, order: Tensor, inverse: Tensor, dim: int) -> Tensor:
         ctx.save_for_backward(inverse)
-        return packed.index_select(1, order)
+        ctx.dim = dim
+        return value.index_select(dim, order)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
-        return gradient.index_select(1, inverse), None, None
+        return gradient.index_select(ctx.dim, inverse), None, None, None
 
 
 def _empty(like: Tensor, total: int) -> Tensor:
