@@ -166,7 +166,7 @@ def _flip_in_manifest(folder: Path) -> None:
         (damage_index(lambda weights: weights.pop("body.1.router.bias")), "which the index does not place there"),
         (damage_index(lambda weights: weights.update(more=weights["head.weight"])), "tensor 'more' is missing"),
         (lambda folder: (folder / SINGLE).write_bytes(b""), "holds both model.safetensors and"),
-        (lambda folder: (folder / INDEX).write_text("{"), "index.json: the file is not valid JSON"),
+        (lambda folder: (folder / INDEX).write_text("{"), "index.json: it is not valid JSON"),
         (_flip_in_manifest, "the header is damaged"),
     ],
 )

@@ -257,6 +257,7 @@ LIES: dict[str, tuple[int, dict[str, Any], str]] = {
     "padding of another mode": (
         0, {"padding_mode": "circular", "_reversed_padding_repeated_twice": [10**9] * 4}, "would be padded by",
     ),
+    "padding by no list": (0, {"_reversed_padding_repeated_twice": True}, "would be padded by True"),
     "stride": (0, {"stride": (-1, 1)}, "stride is"), "no stride": (0, {"stride": (0, 0)}, "stride is"),
     "groups": (0, {"groups": 0}, "groups is 0"), "dilation": (0, {"dilation": (10**9, 10**9)}, "dilation is"),
     "kernel": (0, {"kernel_size": (5, 5)}, "kernel_size is"), "a mode": (0, {"padding_mode": "x"}, "padding_mode is"),
@@ -276,6 +277,31 @@ def test_a_layer_that_lies_about_its_size_is_refused_by_name(
         assert f"layer '{layer}' is a {type(net()[layer]).__name__} whose {said}"[: len(f"layer '{layer}'")] in err
         assert said in err
     assert not (in_tmp / "out.st").exists()
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_a_size_that_is_a_layer_which_cannot_be_printed_is_named_by_its_class(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = net()
+    made[0].__dict__["kernel_size"] = made[0]  # printing it never ends
+    torch.save(made, "model.pt")
+    for code, err in both("model.pt", capsys):
+        assert code == 4
+        assert "kernel_size is a Conv2d, which no network has" in err
+
+
+@pytest.mark.parametrize("table", ["_buffers", "_parameters", "_modules"])
+@pytest.mark.usefixtures("in_tmp")
+def test_a_member_in_the_way_of_an_attribute_of_every_module_is_refused(
+    table: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = net()
+    made[0].__dict__[table]["training"] = None
+    torch.save(made, "model.pt")
+    for code, err in both("model.pt", capsys):
+        assert code == 4
+        assert f"'training' among the {table} of a Conv2d is not a name" in err
 
 
 @pytest.mark.usefixtures("in_tmp")

@@ -87,7 +87,7 @@ def read_object(path: Path, limit: int = MAX_HEADER) -> dict[str, Any]:
     if len(text) > limit:
         raise FileError(f"{path}: is larger than {limit >> 20} MiB, so no file of a transformers directory.")
     try:
-        document = parse_json(text, "the file")
+        document = parse_json(text, "it")
     except FileError as error:
         raise FileError(f"{path}: {error}") from None
     if not isinstance(document, dict):

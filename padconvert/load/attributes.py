@@ -70,6 +70,10 @@ def _counts(module: nn.Module, key: str, dimensions: int, low: int, high: int) -
 
 
 def _shown(value: object) -> str:
+    """A plain value as it is; of anything else only its class, for how it prints itself is the file's to say."""
+    inside = value if isinstance(value, tuple | list) else (value,)
+    if not all(isinstance(each, int | float | str | None) for each in inside):
+        return f"a {type(value).__name__}"
     text = repr(value)
     return text if len(text) <= 60 else text[:60] + "…"
 
@@ -133,7 +137,8 @@ def _padding(module: nn.Module, spans: list[int]) -> None:
         sides = [(each, each) for each in padding]
     # what torch computes with in every mode but zeros
     twice = getattr(module, "_reversed_padding_repeated_twice", None)
-    if twice is not None and list(twice) != [side for pair in reversed(sides) for side in pair]:
+    wanted = [side for pair in reversed(sides) for side in pair]
+    if twice is not None and (not isinstance(twice, tuple | list) or list(twice) != wanted):
         raise _Fault(f"padding is {_shown(stated)}, but it would be padded by {_shown(twice)}")
 
 

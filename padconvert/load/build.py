@@ -44,6 +44,8 @@ from padconvert.load.reductions import DTYPE_NAMES
 
 _MISSING = object()
 _MEMBERS = {"_parameters": nn.Parameter, "_buffers": Tensor, "_modules": nn.Module}
+#: a member under one of these names would be in the way when the module uses its own attribute
+_RESERVED = frozenset(vars(nn.Module()))
 _TENSOR_STATE = (bool, int, float, str, type(None))
 _DEEPEST = 250
 
@@ -207,7 +209,7 @@ class _Builder:
             if not isinstance(table, TableNode) or table.kind not in (Table.DICT, Table.ORDERED):
                 raise FileError(f"{self.where}: a {node.cls.name} has no {key}. Save the model again.")
             for name, _ in table.pairs:
-                if not isinstance(name, str) or not name or "." in name:
+                if not isinstance(name, str) or not name or "." in name or name in _RESERVED:
                     raise FileError(f"{self.where}: {name!r} among the {key} of a {node.cls.name} is not a name.")
 
     def named(self, name: NameNode) -> Any:

@@ -1,0 +1,32 @@
+"""What is run, in this order. To add a question, add arms or tasks here; `make study` runs what has no result yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.quality.arms import CHANNEL, DYNAMIC, PAD, RANDOM, STATIC, Arm
+
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """Every arm on every task from the same networks. Rates are chosen on the first seed's held-out data."""
+
+    title: str
+    says: str
+    tasks: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...] = SEEDS
+
+
+MAIN = (STATIC, DYNAMIC, PAD, RANDOM, CHANNEL)
+
+EXPERIMENTS: tuple[Experiment, ...] = (
+    Experiment(
+        "Neighbours",
+        "The arms that every claim is held against.",
+        ("two domains (16 px)", "sensors (16 px)", "CIFAR-10 (16 px)", "Fashion-MNIST (16 px)"),
+        MAIN,
+    ),
+)

@@ -1,0 +1,142 @@
+"""docs/results.md, of what the study left in `results/`: `PYTHONPATH=tests python -m benchmarks.quality.report`.
+
+A mean is over seeds; ± is half a 95 % interval of Student's t. A difference is taken pair by pair: same seed, so the
+same source, batches and augmentation. Nothing here is chosen: rates were, on held-out training data.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+from scipy.stats import t as student
+
+from benchmarks.quality.arms import Arm
+from benchmarks.quality.experiments import EXPERIMENTS, Experiment
+from benchmarks.quality.study import RESULTS, Result, Results, Run, chosen_rate
+from benchmarks.quality.tasks import TASKS, Task
+
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "results.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean in points (hundredths) and half of its 95 % interval; None for fewer than two values."""
+
+    mean: float
+    half: float | None
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Interval:
+        points = [100 * value for value in values]
+        if len(points) < 2:
+            return Interval(fmean(points), None)
+        return Interval(fmean(points), float(student.ppf(0.975, len(points) - 1)) * stdev(points) / len(points) ** 0.5)
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.half is not None and abs(self.mean) > self.half
+
+    def said(self, sign: bool = False) -> str:
+        mean = f"{self.mean:+.2f}" if sign else f"{self.mean:.2f}"
+        return mean if self.half is None else f"{mean} ± {self.half:.2f}"
+
+
+def runs_of(results: Results, task: Task, arm: Arm, seeds: Sequence[int]) -> dict[int, Result]:
+    """The arm's result for every seed that has one, at the rate that was chosen for the arm."""
+    rate = chosen_rate(results, task, arm, seeds[0])
+    if rate is None:
+        return {}
+    found = {seed: results.of(Run(task, arm, seed, rate)) for seed in seeds}
+    return {seed: result for seed, result in found.items() if result is not None}
+
+
+def accuracy(runs: dict[int, Result]) -> Interval:
+    return Interval.of([run["test"]["accuracy"] for run in runs.values()])
+
+
+def difference(ours: dict[int, Result], theirs: dict[int, Result]) -> Interval | None:
+    """Ours minus theirs, seed by seed; None where they share none."""
+    shared = [seed for seed in ours if seed in theirs]
+    if not shared:
+        return None
+    return Interval.of([ours[seed]["test"]["accuracy"] - theirs[seed]["test"]["accuracy"] for seed in shared])
+
+
+def table(results: Results, experiment: Experiment, task: Task) -> Iterator[str]:
+    """One task's arms, one line each."""
+    every = {arm.name: runs_of(results, task, arm, experiment.seeds) for arm in experiment.arms}
+    static = next((every[arm.name] for arm in experiment.arms if arm.kind == "static"), {})
+    dynamic = next((every[arm.name] for arm in experiment.arms if arm.kind == "dynamic"), {})
+    source = [run["source_test"]["accuracy"] for run in static.values()]
+    yield f"### {task.name}\n"
+    yield (
+        f"The source, trained {task.pretrain:,} steps, has {Interval.of(source).said()} %; "
+        f"then {task.steps:,} steps of {task.batch} for every arm.\n"
+        if source
+        else ""
+    )
+    yield (
+        "| arm | seeds | rate | accuracy % | over static | over fully dynamic | parameters | converted layers' bytes, "
+        "of fully dynamic | CPU time a step, over static |"
+    )
+    yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+    for arm in experiment.arms:
+        runs = every[arm.name]
+        if runs:
+            yield _line(arm, runs, static, dynamic)
+    yield ""
+
+
+def _line(arm: Arm, runs: dict[int, Result], static: dict[int, Result], dynamic: dict[int, Result]) -> str:
+    one = next(iter(runs.values()))
+    over = [difference(runs, other) if runs is not other else None for other in (static, dynamic)]
+    full = next(iter(dynamic.values()), {}).get("converted_bytes")
+    share = f"{one['converted_bytes'] / full:.2f}" if full and "converted_bytes" in one else ""
+    time = _time(runs) / _time(static) if static else 0.0
+    cells = [
+        arm.name, str(len(runs)), f"{one['rate']:g}", accuracy(runs).said(),
+        *("" if each is None else each.said(sign=True) for each in over),
+        f"{one['parameters']:,}", share, f"{time:.2f}",
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def _time(runs: dict[int, Result]) -> float:
+    return fmean(run["step_cpu_seconds"] for run in runs.values())
+
+
+_HEAD = """# Results
+
+Does a conversion pay? Every arm starts from the same trained network and trains for the same steps on the same batches
+with the same augmentation: the static network itself, the fully dynamic one, and partially dynamic ones (PAD, κ = 0.3,
+K = 4, `element` unless said) whose dynamic entries are chosen by their score, or at random. The learning rate of each
+arm is chosen from the same grid on held-out training data with the first seed; the test set chooses nothing.
+± is half a 95 % interval of Student's t over seeds, differences are pair by pair. Tables are written by the study:
+
+    make study       # runs what is missing, then writes this page; takes hours, goes on where it stopped
+"""
+
+
+def document(results: Results) -> str:
+    parts = [_HEAD]
+    for experiment in EXPERIMENTS:
+        tasks = [TASKS[name] for name in experiment.tasks]
+        sections = [list(table(results, experiment, task)) for task in tasks]
+        sections = [lines for lines in sections if len(lines) > 5]
+        if sections:
+            parts.append(f"## {experiment.title}\n\n{experiment.says}\n")
+            parts += ["\n".join(lines) for lines in sections]
+    return "\n".join(parts)
+
+
+def main() -> int:
+    DOCUMENT.write_text(document(Results(RESULTS)), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""Runs what `experiments` lists and `results/` lacks; each run appends one JSON line to its task's file.
+
+    PYTHONPATH=tests python -m benchmarks.quality.study [--task NAME]... [--minutes M] [--device D]
+
+Interrupted or out of time, the same command goes on. Arms are paired: the same source, batches, augmentation and steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import padconvert
+from benchmarks.quality.arms import BASE, Arm
+from benchmarks.quality.experiments import EXPERIMENTS, Experiment
+from benchmarks.quality.tasks import TASKS, Task
+from padconvert.account import planned_totals
+from padconvert.finetune.data.sources import Data
+from padconvert.finetune.evaluate import evaluate
+from padconvert.finetune.train import Trainer
+from padconvert.finetune.usage import router_use
+from padconvert.partition import Partitioner
+from padconvert.plan import Plan
+from padconvert.policy import load_policy
+from padconvert.progress import Silent
+from padconvert.rewrite import pad_layers
+
+RESULTS = Path(__file__).resolve().parent / "results"
+#: trained sources; made again where they are missing
+SOURCES = Path(__file__).resolve().parents[3] / ".study"
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One arm from one source at one learning rate."""
+
+    task: Task
+    arm: Arm
+    seed: int
+    rate: float
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {} if self.arm.kind == "static" else self.arm.overrides(BASE, self.task.ratio)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What a result is found by: other terms or settings are another run."""
+        return {
+            "task": self.task.name, "terms": self.task.said, "arm": self.arm.name, "settings": self.settings,
+            "seed": self.seed, "rate": self.rate,
+        }  # fmt: skip
+
+
+class Results:
+    """The lines of `folder`, one file a task."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lines: list[Result] = []
+        for path in sorted(folder.glob("*.jsonl")):
+            self.lines += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def of(self, run: Run) -> Result | None:
+        key = json.loads(json.dumps(run.key))
+        return next((line for line in self.lines if all(line[name] == value for name, value in key.items())), None)
+
+    def add(self, run: Run, result: Result) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        line = run.key | result
+        slug = "".join(c if c.isalnum() else "_" for c in run.task.name.lower())
+        with (self.folder / f"{slug}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.lines.append(json.loads(json.dumps(line)))
+
+
+def chosen_rate(results: Results, task: Task, arm: Arm, pilot: int) -> float | None:
+    """The rate with the best held-out accuracy of the pilot seed's runs; None until all of them are there."""
+    found = [results.of(Run(task, arm, pilot, rate)) for rate in task.rates]
+    if any(result is None for result in found):
+        return None
+    scores = [result["held_out"]["accuracy"] for result in found if result is not None]
+    return task.rates[scores.index(max(scores))]
+
+
+def missing(experiments: Sequence[Experiment], results: Results, tasks: Sequence[str]) -> Iterator[Run]:
+    """Runs without a result, in order: every arm's rates on the first seed, then the other seeds at the chosen one."""
+    for experiment in experiments:
+        for task in (TASKS[name] for name in experiment.tasks if not tasks or name in tasks):
+            pilot, *others = experiment.seeds
+            for arm in experiment.arms:
+                yield from (Run(task, arm, pilot, rate) for rate in task.rates)
+            for seed in others:
+                for arm in experiment.arms:
+                    rate = chosen_rate(results, task, arm, pilot)
+                    assert rate is not None, "the pilot's runs came first"
+                    yield Run(task, arm, seed, rate)
+
+
+# ---- one run -----------------------------------------------------------------------------------------------------
+
+
+def source_of(task: Task, seed: int, device: torch.device) -> nn.Module:
+    """The trained static network that every arm starts from; the same for the same task, terms and seed."""
+    terms = hashlib.sha256(json.dumps([task.name, task.said, task.pretrain_rate, seed]).encode()).hexdigest()[:16]
+    path = SOURCES / f"{terms}-{device.type}.pt"
+    torch.manual_seed(seed)
+    network = task.network().to(device)
+    if not path.exists():
+        terms_of_training = {"steps": task.pretrain, "batch_size": task.batch, "lr": task.pretrain_rate}
+        settings = BASE | {f"train.{key}": value for key, value in terms_of_training.items()}
+        trainer = trainer_of(task, settings, network, 10_000 + seed, device)
+        trainer.fit_(network, None, "")
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_suffix(f".part{seed}")
+        torch.save(network.state_dict(), unfinished)
+        unfinished.replace(path)
+    network.load_state_dict(torch.load(path, weights_only=True, map_location=device))
+    return network.eval()
+
+
+def trainer_of(task: Task, settings: dict[str, Any], source: nn.Module, seed: int, device: torch.device) -> Trainer:
+    policy = load_policy(overrides=settings).policy
+    train, held_out, _ = task.prepared()
+    return Trainer.of(policy, Data(train, held_out, ()), source, seed, device, Silent(), None)
+
+
+def run_one(run: Run, device: torch.device) -> Result:
+    task = run.task
+    source = source_of(task, run.seed, device)
+    terms = {"train.steps": task.steps, "train.batch_size": task.batch, "train.lr": run.rate}
+    trainer = trainer_of(task, {**BASE, **run.settings, **terms}, source, run.seed, device)
+    model = copy.deepcopy(source)
+    plan, partitioner = (None, None) if run.arm.kind == "static" else _dynamic_(model, run, trainer)
+    start = time.process_time()
+    trainer.fit_(model, partitioner, "")
+    took = (time.process_time() - start) / task.steps
+    model = padconvert.fold(model)
+    _, held_out, test = task.prepared()
+    scores = {"held_out": evaluate(model, held_out, 500, device=device)}
+    scores["test"] = evaluate(model, test, 500, device=device)
+    uses = [] if plan is None else router_use(model, held_out, 500, device)
+    return {
+        **scores,
+        "source_test": evaluate(source, test, 500, device=device),
+        **_sizes(plan, source),
+        "step_cpu_seconds": round(took, 5),
+        "router_entropy": [round(use.routing_entropy, 3) for use in uses],
+        "torch": torch.__version__.partition("+")[0], "device": device.type, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def _dynamic_(model: nn.Module, run: Run, trainer: Trainer) -> tuple[Plan, Partitioner | None]:
+    sample = trainer.data.train.batch(torch.arange(2)).to(trainer.setting.device, torch.float32).inputs
+    assert isinstance(sample, torch.Tensor)
+    plan = padconvert.plan(model, trainer.policy, inputs=sample, seed=run.seed)
+    padconvert.rewrite_(model, plan)
+    trainer.set_routers_(model, pad_layers(model))
+    return plan, Partitioner(model, plan) if run.arm.kind == "pad" else None
+
+
+def _sizes(plan: Plan | None, source: nn.Module) -> Result:
+    if plan is None:
+        return {"parameters": sum(p.numel() for p in source.parameters())}
+    totals = planned_totals(plan, 0)
+    converted = plan.cost
+    return {
+        "parameters": totals.params_output,
+        "converted_bytes": converted.bytes_values + converted.bytes_masks + converted.bytes_router,
+        "macs": totals.macs_source,
+    }
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", action="append", default=[], choices=list(TASKS))
+    parser.add_argument("--experiment", action="append", default=[], choices=[each.title for each in EXPERIMENTS])
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args(words)
+    torch.set_num_threads(given.threads)
+    results, begun = Results(RESULTS), time.monotonic()
+    asked = [each for each in EXPERIMENTS if not given.experiment or each.title in given.experiment]
+    for run in missing(asked, results, given.task):
+        if results.of(run) is not None:
+            continue
+        if time.monotonic() - begun > 60 * given.minutes:
+            print("out of time; the same command goes on", file=sys.stderr)
+            return 0
+        result = run_one(run, torch.device(given.device))
+        results.add(run, result)
+        scores = f"{result['held_out']['accuracy']:.4f} held out, {result['test']['accuracy']:.4f} test"
+        print(f"{run.task.name} · {run.arm.name} · seed {run.seed} · rate {run.rate}: {scores}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""The study's bookkeeping: what is run, what is kept, how rates are chosen, and what the page says of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.quality import data, nets, report, study, tasks
+from benchmarks.quality.arms import BASE, CHANNEL, DYNAMIC, PAD, RANDOM, STATIC, Arm
+from benchmarks.quality.experiments import EXPERIMENTS, Experiment
+from padconvert.policy import load_policy
+
+CPU = torch.device("cpu")
+
+
+def pictures(count: int, seed: int) -> data.Pictures:
+    """Two classes that differ in brightness."""
+    random = np.random.RandomState(seed)
+    y = torch.from_numpy(random.randint(0, 2, count))
+    x = torch.from_numpy(random.randint(0, 120, (count, 3, 8, 8))) + 100 * y.view(-1, 1, 1, 1)
+    return data.Pictures(x.byte(), y)
+
+
+TINY = tasks.Task(
+    "tiny", lambda: data.splits(pictures(200, 0), pictures(60, 1)), lambda: nets.resnet8(2, width=2),
+    pretrain=4, steps=10, batch=16, augment=("flip",), rates=(0.001, 0.01),
+)  # fmt: skip
+LIST = (Experiment("tiny", "", ("tiny",), (STATIC, DYNAMIC, PAD)),)
+
+
+@pytest.fixture(autouse=True)
+def _places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "SOURCES", tmp_path / "sources")
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    monkeypatch.setitem(tasks.TASKS, "tiny", TINY)
+
+
+def result(held_out: float, test: float, **more: object) -> study.Result:
+    scores = {"held_out": {"accuracy": held_out}, "test": {"accuracy": test}, "source_test": {"accuracy": 0.5}}
+    return {**scores, "parameters": 10, "step_cpu_seconds": 1.0, **more}
+
+
+def filled(folder: Path, scores: dict[tuple[Arm, int, float], tuple[float, float]]) -> study.Results:
+    results = study.Results(folder)
+    for (arm, seed, rate), (held_out, test) in scores.items():
+        results.add(study.Run(TINY, arm, seed, rate), result(held_out, test))
+    return results
+
+
+def test_the_rate_is_chosen_on_held_out_data_alone(tmp_path: Path) -> None:
+    scores = {(PAD, 0, 0.001): (0.7, 0.1), (PAD, 0, 0.01): (0.6, 0.9)}
+    assert study.chosen_rate(filled(tmp_path, scores), TINY, PAD, 0) == 0.001
+    assert study.chosen_rate(filled(tmp_path / "other", scores), TINY, STATIC, 0) is None
+
+
+def test_what_has_a_result_is_not_run_again_and_other_terms_are(tmp_path: Path) -> None:
+    pilots = {(arm, 0, rate): (rate, 0.5) for arm in (STATIC, DYNAMIC, PAD) for rate in TINY.rates}
+    results = filled(tmp_path, pilots)
+    left = [run for run in study.missing(LIST, results, ()) if results.of(run) is None]
+    assert [(run.arm.name, run.seed, run.rate) for run in left] == [
+        (arm.name, seed, 0.01) for seed in (1, 2) for arm in (STATIC, DYNAMIC, PAD)
+    ]
+    again = study.Results(tmp_path)
+    assert again.lines == results.lines
+    longer = dataclasses.replace(TINY, steps=11)
+    assert again.of(study.Run(longer, PAD, 0, 0.01)) is None
+    assert again.of(study.Run(TINY, PAD.but("PAD", train__warmup=0.1), 0, 0.01)) is None
+
+
+def test_a_run_is_paired_and_repeats_itself() -> None:
+    source = study.source_of(TINY, 0, CPU)
+    again = study.source_of(TINY, 0, CPU)  # from the file this time
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    one, two = (study.run_one(study.Run(TINY, PAD, 0, 0.01), CPU) for _ in range(2))
+    unlike = {"step_cpu_seconds"}
+    assert {k: v for k, v in one.items() if k not in unlike} == {k: v for k, v in two.items() if k not in unlike}
+    static = study.run_one(study.Run(TINY, STATIC, 0, 0.01), CPU)
+    assert static["source_test"] == one["source_test"]
+    full = study.run_one(study.Run(TINY, DYNAMIC, 0, 0.01), CPU)
+    assert static["parameters"] < one["parameters"] < full["parameters"]
+    # 5 of the 6 convolutions are not the stem; K = 4, and of κ = 0.3 a bit an entry on top
+    assert one["converted_bytes"] < 0.6 * full["converted_bytes"]
+
+
+def test_every_listed_arm_is_a_policy() -> None:
+    for experiment in EXPERIMENTS:
+        for name in experiment.tasks:
+            for arm in experiment.arms:
+                load_policy(overrides=arm.overrides(BASE, tasks.TASKS[name].ratio))
+    assert RANDOM.overrides(BASE, "0.3")["partition.score"] == "random"
+    assert CHANNEL.overrides(BASE, "0.3")["defaults.granularity"] == "channel"
+    assert DYNAMIC.overrides(BASE, "0.3")["defaults.dynamic_ratio"] == 1
+
+
+def test_splits_share_no_picture() -> None:
+    found = data.splits(pictures(200, 0), pictures(60, 1))
+    assert (len(found.train), len(found.held_out), len(found.test)) == (180, 20, 60)
+    both = torch.cat([found.train.inputs, found.held_out.inputs]).flatten(1)  # type: ignore[list-item]
+    assert len(both.unique(dim=0)) == 200
+
+
+def test_differences_are_taken_pair_by_pair(tmp_path: Path) -> None:
+    scores = {(arm, 0, rate): (rate, 0.5) for arm in (STATIC, DYNAMIC, PAD) for rate in TINY.rates}
+    for seed, (static, pad) in enumerate([(0.50, 0.52), (0.60, 0.63), (0.70, 0.71)]):
+        scores |= {(STATIC, seed, 0.01): (0.9, static), (PAD, seed, 0.01): (0.9, pad)}
+    results = filled(tmp_path, scores)
+    of = {arm: report.runs_of(results, TINY, arm, (0, 1, 2)) for arm in (STATIC, PAD)}
+    found = report.difference(of[PAD], of[STATIC])
+    assert found is not None
+    assert found.half is not None
+    # mean 2 points, standard deviation 1, t(0.975, 2) = 4.3027
+    assert found.mean == pytest.approx(2.0)
+    assert found.half == pytest.approx(4.3027 / 3**0.5, abs=1e-3)
+    assert not found.excludes_zero
+    assert report.difference({}, of[STATIC]) is None
+
+
+def test_the_page_shows_every_arm_that_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "EXPERIMENTS", LIST)
+    scores = {(arm, 0, rate): (rate, 0.5) for arm in (STATIC, PAD) for rate in TINY.rates}
+    scores[PAD, 0, 0.01] = (0.9, 0.5625)
+    page = report.document(filled(tmp_path, scores))
+    lines = [line for line in page.splitlines() if line.startswith(("| static", "| PAD", "| fully"))]
+    assert [line.split(" | ")[:5] for line in lines] == [
+        ["| static", "1", "0.01", "50.00", ""],
+        ["| PAD", "1", "0.01", "56.25", "+6.25"],
+    ]
+
+
+def test_results_that_are_committed_can_be_read() -> None:
+    for path in Path(report.__file__).parent.glob("results/*.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            kept = json.loads(line)
+            assert kept["task"] in tasks.TASKS
+            assert 0 <= kept["test"]["accuracy"] <= 1
