@@ -15,19 +15,19 @@ class Arm:
 
     name: str
     kind: Literal["static", "dynamic", "pad"]
-    settings: Mapping[str, Setting] = field(default_factory=dict)
+    settings: Mapping[str, Setting] = field(default_factory=dict, hash=False)
 
     def but(self, name: str, **settings: Setting) -> Arm:
         """Another arm that differs from this one; `train__lr` stands for `train.lr`."""
         changed = {key.replace("__", "."): value for key, value in settings.items()}
         return Arm(name, self.kind, {**self.settings, **changed})
 
-    def overrides(self, base: Mapping[str, Setting], ratio: str) -> dict[str, Setting]:
+    def overrides(self, base: Mapping[str, Setting], ratio: float) -> dict[str, Setting]:
         whole = {**base, **self.settings}
         if self.kind == "dynamic":
             whole["defaults.dynamic_ratio"] = 1
         else:
-            whole.setdefault("defaults.dynamic_ratio", float(ratio))
+            whole.setdefault("defaults.dynamic_ratio", ratio)
         return whole
 
 

@@ -80,9 +80,12 @@ def _sized(x: Tensor, pixels: int) -> Tensor:
     return x.contiguous() if pixels == x.shape[-1] else F.avg_pool2d(x.float(), x.shape[-1] // pixels).byte()
 
 
-def one_domain(which: str, pixels: int) -> Splits:
-    read = {"cifar10": cifar10, "fashion": fashion}[which]
-    return splits(read("train", pixels), read("test", pixels))
+def only_cifar10(pixels: int) -> Splits:
+    return splits(cifar10("train", pixels), cifar10("test", pixels))
+
+
+def only_fashion(pixels: int) -> Splits:
+    return splits(fashion("train", pixels), fashion("test", pixels))
 
 
 def two_domains(pixels: int) -> Splits:

@@ -54,16 +54,16 @@ def runs_of(results: Results, task: Task, arm: Arm, seeds: Sequence[int]) -> dic
     return {seed: result for seed, result in found.items() if result is not None}
 
 
-def accuracy(runs: dict[int, Result]) -> Interval:
-    return Interval.of([run["test"]["accuracy"] for run in runs.values()])
+def on_test(runs: dict[int, Result], metric: str) -> Interval:
+    return Interval.of([run["test"][metric] for run in runs.values()])
 
 
-def difference(ours: dict[int, Result], theirs: dict[int, Result]) -> Interval | None:
+def difference(ours: dict[int, Result], theirs: dict[int, Result], metric: str = "accuracy") -> Interval | None:
     """Ours minus theirs, seed by seed; None where they share none."""
     shared = [seed for seed in ours if seed in theirs]
     if not shared:
         return None
-    return Interval.of([ours[seed]["test"]["accuracy"] - theirs[seed]["test"]["accuracy"] for seed in shared])
+    return Interval.of([ours[seed]["test"][metric] - theirs[seed]["test"][metric] for seed in shared])
 
 
 def table(results: Results, experiment: Experiment, task: Task) -> Iterator[str]:
@@ -71,7 +71,7 @@ def table(results: Results, experiment: Experiment, task: Task) -> Iterator[str]
     every = {arm.name: runs_of(results, task, arm, experiment.seeds) for arm in experiment.arms}
     static = next((every[arm.name] for arm in experiment.arms if arm.kind == "static"), {})
     dynamic = next((every[arm.name] for arm in experiment.arms if arm.kind == "dynamic"), {})
-    source = [run["source_test"]["accuracy"] for run in static.values()]
+    source = [run["source_test"][task.metric] for run in static.values()]
     yield f"### {task.name}\n"
     yield (
         f"The source, trained {task.pretrain:,} steps, has {Interval.of(source).said()} %; "
@@ -79,26 +79,24 @@ def table(results: Results, experiment: Experiment, task: Task) -> Iterator[str]
         if source
         else ""
     )
-    yield (
-        "| arm | seeds | rate | accuracy % | over static | over fully dynamic | parameters | converted layers' bytes, "
-        "of fully dynamic | CPU time a step, over static |"
-    )
+    columns = ("seeds", "rate", f"{task.metric} %", "over static", "over fully dynamic", "parameters", "bytes", "time")
+    yield f"| arm | {' | '.join(columns)} |"
     yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
     for arm in experiment.arms:
         runs = every[arm.name]
         if runs:
-            yield _line(arm, runs, static, dynamic)
+            yield _line(task, arm, runs, static, dynamic)
     yield ""
 
 
-def _line(arm: Arm, runs: dict[int, Result], static: dict[int, Result], dynamic: dict[int, Result]) -> str:
+def _line(task: Task, arm: Arm, runs: dict[int, Result], static: dict[int, Result], dynamic: dict[int, Result]) -> str:
     one = next(iter(runs.values()))
-    over = [difference(runs, other) if runs is not other else None for other in (static, dynamic)]
+    over = [difference(runs, other, task.metric) if runs is not other else None for other in (static, dynamic)]
     full = next(iter(dynamic.values()), {}).get("converted_bytes")
     share = f"{one['converted_bytes'] / full:.2f}" if full and "converted_bytes" in one else ""
     time = _time(runs) / _time(static) if static else 0.0
     cells = [
-        arm.name, str(len(runs)), f"{one['rate']:g}", accuracy(runs).said(),
+        arm.name, str(len(runs)), f"{one['rate']:g}", on_test(runs, task.metric).said(),
         *("" if each is None else each.said(sign=True) for each in over),
         f"{one['parameters']:,}", share, f"{time:.2f}",
     ]  # fmt: skip
@@ -115,7 +113,9 @@ Does a conversion pay? Every arm starts from the same trained network and trains
 with the same augmentation: the static network itself, the fully dynamic one, and partially dynamic ones (PAD, κ = 0.3,
 K = 4, `element` unless said) whose dynamic entries are chosen by their score, or at random. The learning rate of each
 arm is chosen from the same grid on held-out training data with the first seed; the test set chooses nothing.
-± is half a 95 % interval of Student's t over seeds, differences are pair by pair. Tables are written by the study:
+± is half a 95 % interval of Student's t over seeds, differences are pair by pair. *Bytes* are those of the converted
+layers over the fully dynamic network's, *time* the CPU time of a training step over the static network's, rounds of the
+partition included. Tables are written by the study:
 
     make study       # runs what is missing, then writes this page; takes hours, goes on where it stopped
 """

@@ -92,7 +92,7 @@ def chosen_rate(results: Results, task: Task, arm: Arm, pilot: int) -> float | N
     found = [results.of(Run(task, arm, pilot, rate)) for rate in task.rates]
     if any(result is None for result in found):
         return None
-    scores = [result["held_out"]["accuracy"] for result in found if result is not None]
+    scores = [result["held_out"][task.metric] for result in found if result is not None]
     return task.rates[scores.index(max(scores))]
 
 
@@ -117,8 +117,9 @@ def source_of(task: Task, seed: int, device: torch.device) -> nn.Module:
     """The trained static network that every arm starts from; the same for the same task, terms and seed."""
     terms = hashlib.sha256(json.dumps([task.name, task.said, task.pretrain_rate, seed]).encode()).hexdigest()[:16]
     path = SOURCES / f"{terms}-{device.type}.pt"
-    torch.manual_seed(seed)
-    network = task.network().to(device)
+    network = task.network(seed).to(device)
+    if not task.pretrain:
+        return network.eval()
     if not path.exists():
         terms_of_training = {"steps": task.pretrain, "batch_size": task.batch, "lr": task.pretrain_rate}
         settings = BASE | {f"train.{key}": value for key, value in terms_of_training.items()}
@@ -134,7 +135,7 @@ def source_of(task: Task, seed: int, device: torch.device) -> nn.Module:
 
 def trainer_of(task: Task, settings: dict[str, Any], source: nn.Module, seed: int, device: torch.device) -> Trainer:
     policy = load_policy(overrides=settings).policy
-    train, held_out, _ = task.prepared()
+    train, held_out, _ = task.examples()
     return Trainer.of(policy, Data(train, held_out, ()), source, seed, device, Silent(), None)
 
 
@@ -149,7 +150,7 @@ def run_one(run: Run, device: torch.device) -> Result:
     trainer.fit_(model, partitioner, "")
     took = (time.process_time() - start) / task.steps
     model = padconvert.fold(model)
-    _, held_out, test = task.prepared()
+    _, held_out, test = task.examples()
     scores = {"held_out": evaluate(model, held_out, 500, device=device)}
     scores["test"] = evaluate(model, test, 500, device=device)
     uses = [] if plan is None else router_use(model, held_out, 500, device)
@@ -203,7 +204,7 @@ def main(words: Sequence[str] | None = None) -> int:
             return 0
         result = run_one(run, torch.device(given.device))
         results.add(run, result)
-        scores = f"{result['held_out']['accuracy']:.4f} held out, {result['test']['accuracy']:.4f} test"
+        scores = f"{result['held_out'][run.task.metric]:.4f} held out, {result['test'][run.task.metric]:.4f} test"
         print(f"{run.task.name} · {run.arm.name} · seed {run.seed} · rate {run.rate}: {scores}", flush=True)
     return 0
 

@@ -6,36 +6,30 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from benchmarks.quality import data, nets
+from benchmarks.quality import data, nets, text
 from padconvert.finetune.data.preparation import Preparation, Prepared
+
+Three = tuple[Prepared, Prepared, Prepared]
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """`pretrain` steps make the source, `steps` more every arm. `rates` is what an arm may choose its rate from."""
+    """`examples` are (train, held out, test). `pretrain` steps make the source of a fresh `network(seed)`, `steps` more
+    every arm. `rates` is what an arm may choose its learning rate from, by `metric` on what is held out."""
 
     name: str
-    splits: Callable[[], data.Splits]
-    network: Callable[[], nn.Module]
+    examples: Callable[[], Three]
+    network: Callable[[int], nn.Module]
     pretrain: int
     steps: int
-    batch: int = 128
-    rates: tuple[float, ...] = (0.003, 0.01)
+    batch: int
+    rates: tuple[float, ...]
+    ratio: float
     pretrain_rate: float = 0.01
-    augment: tuple[str, ...] = ("crop", "flip")
-    ratio: str = "0.3"
-
-    @property
-    def preparation(self) -> Preparation:
-        return Preparation(255.0, (0.45,), (0.25,), self.augment)
-
-    def prepared(self) -> tuple[Prepared, Prepared, Prepared]:
-        """(train, held out, test)."""
-        found = self.splits()
-        plain = Preparation(255.0, (0.45,), (0.25,))
-        return Prepared(found.train, self.preparation), Prepared(found.held_out, plain), Prepared(found.test, plain)
+    metric: str = "accuracy"
 
     @property
     def said(self) -> dict[str, object]:
@@ -43,23 +37,54 @@ class Task:
         return {"pretrain": self.pretrain, "steps": self.steps, "batch": self.batch, "ratio": self.ratio}
 
 
-def _small(name: str, splits: Callable[[], data.Splits], network: Callable[[], nn.Module]) -> Task:
-    return Task(f"{name} (16 px)", splits, network, pretrain=4000, steps=2000, batch=64)
+def pictures(splits: Callable[[], data.Splits], augment: tuple[str, ...] = ("crop", "flip")) -> Three:
+    """Scaled to about −2 to 2; the training pictures augmented."""
+    found = splits()
+    plain, changed = (Preparation(255.0, (0.45,), (0.25,), each) for each in ((), augment))
+    return Prepared(found.train, changed), Prepared(found.held_out, plain), Prepared(found.test, plain)
 
 
-def _full(name: str, splits: Callable[[], data.Splits], network: Callable[[], nn.Module]) -> Task:
-    return Task(name, splits, network, pretrain=8000, steps=4000)
+def _fresh(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return make()
+
+
+def _pictures(pixels: int, name: str, splits: Callable[[int], data.Splits], make: Callable[[], nn.Module]) -> Task:
+    small = pixels < 32
+    return Task(
+        f"{name} ({pixels} px)",
+        functools.partial(pictures, functools.partial(splits, pixels)),
+        functools.partial(_fresh, make),
+        pretrain=4000 if small else 8000,
+        steps=2000 if small else 4000,
+        batch=64 if small else 128,
+        rates=(0.003, 0.01),
+        ratio=0.3,
+    )
+
+
+def _texts(names: tuple[str, ...], steps: int, metric: str = "accuracy") -> Task:
+    """The encoder starts as it was published: nothing is trained before but the head."""
+    return Task(
+        " + ".join(names) + f" ({steps} steps)", functools.partial(text.examples, names),
+        functools.partial(text.network, names), pretrain=0, steps=steps, batch=32, rates=(5e-5, 1e-4), ratio=0.5,
+        metric=metric,
+    )  # fmt: skip
 
 
 def _every() -> Iterator[Task]:
-    for make, pixels in ((_small, 16), (_full, 32)):
-        cifar = functools.partial(data.one_domain, "cifar10", pixels)
-        fashion = functools.partial(data.one_domain, "fashion", pixels)
-        yield make("two domains", functools.partial(data.two_domains, pixels), lambda: nets.resnet8(20))
-        yield make("sensors", functools.partial(data.sensors, pixels), lambda: nets.resnet8(10))
-        yield make("CIFAR-10", cifar, lambda: nets.resnet8(10))
-        yield make("Fashion-MNIST", fashion, lambda: nets.resnet8(10, width=4))
-        yield make("CIFAR-10, mobile", cifar, lambda: nets.mobilenet(10))
+    for pixels in (16, 32):
+        yield _pictures(pixels, "two domains", data.two_domains, lambda: nets.resnet8(20))
+        yield _pictures(pixels, "sensors", data.sensors, lambda: nets.resnet8(10))
+        yield _pictures(pixels, "CIFAR-10", data.only_cifar10, lambda: nets.resnet8(10))
+        yield _pictures(pixels, "Fashion-MNIST", data.only_fashion, lambda: nets.resnet8(10, width=4))
+        yield _pictures(pixels, "CIFAR-10, mobile", data.only_cifar10, lambda: nets.mobilenet(10))
+    for steps in (150, 800):
+        yield _texts(("SST-2",), steps)
+        yield _texts(("CoLA",), steps, metric="matthews")
+        yield _texts(("MRPC",), steps)
+        yield _texts(("Subj",), steps)
+        yield _texts(("SST-2", "CoLA", "MRPC", "Subj"), steps)
 
 
 TASKS: dict[str, Task] = {task.name: task for task in _every()}
