@@ -21,7 +21,7 @@ from padconvert.checkpoint.layout import expected_tensors, join
 from padconvert.checkpoint.pieces import PIECE, Content, Pieces
 from padconvert.checkpoint.probe_record import fits
 from padconvert.checkpoint.read import Checkpoint
-from padconvert.checkpoint.save import PROBE_SAMPLES, Packed, entries_of, probe_outputs
+from padconvert.checkpoint.save import PROBE_SAMPLES, Packed, entries_of
 from padconvert.checkpoint.write import in_turn
 from padconvert.errors import VerificationError
 from padconvert.layers.build import Static, weight_of
@@ -33,7 +33,8 @@ from padconvert.plan import Plan
 from padconvert.precision import HALF
 from padconvert.results import Equality
 from padconvert.rewrite import empty_layer, pad_layers, sharing_copy, swap_
-from padconvert.verify import NO_INPUTS, Call, equality_by_forward, equality_by_one, probe_check, runs
+from padconvert.verify import NO_INPUTS, Call, equality_by_forward, equality_by_one, probe_check
+from padconvert.walk.info import Walk
 from padconvert.walk.probe import ProbeSpec
 from padconvert.walk.quiet import device_of
 from padconvert.words import Granularity, Verdict
@@ -104,25 +105,16 @@ def _unequal(equal: Equality) -> str:
     )
 
 
-def stream(opened: Opened, plan: Plan, probe: ProbeSpec | None, calls: Sequence[Call]) -> Stream:
-    """Choose the dynamic units of every planned layer; nothing is written or copied yet."""
+def stream(opened: Opened, plan: Plan, walked: Walk, calls: Sequence[Call]) -> Stream:
+    """Choose the dynamic units of every planned layer; nothing is written or copied yet. What was `walked` is the
+    source, on `PROBE_SAMPLES` samples: what it gave there is what the output has to give."""
     model = sharing_copy(opened.module)
     with torch.no_grad():
         _empty_(model, opened.module, plan)
         tensors = _packed(opened.module, model)
-    outputs = None if probe is None else _outputs(opened.module, probe)
-    return Stream(model, Packed(tensors, outputs or ()), opened.module, None if outputs is None else probe, calls)
-
-
-def _outputs(source: nn.Module, probe: ProbeSpec) -> list[Tensor] | None:
-    """The source's outputs on the samples of a record, empty where these are too large for one; None where it cannot
-    be called."""
-    if not fits(PROBE_SAMPLES, (spec.shape for spec in probe.inputs)):
-        return [] if runs(source, probe) else None
-    try:
-        return probe_outputs(source, probe) or None
-    except Exception:  # whatever the user's own code raises
-        return None
+    probe = walked.probe if walked.outputs else None
+    recorded = probe is not None and fits(PROBE_SAMPLES, (spec.shape for spec in probe.inputs))
+    return Stream(model, Packed(tensors, walked.outputs if recorded else ()), opened.module, probe, calls)
 
 
 def _empty_(model: nn.Module, source: nn.Module, plan: Plan) -> None:
