@@ -14,6 +14,7 @@ from padconvert.checkpoint.save import PROBE_SAMPLES
 from padconvert.checkpoint.whole_file import write_text
 from padconvert.checkpoint.whole_folder import check_folder_target
 from padconvert.checkpoint.write import check_target
+from padconvert.checksum import Checksum
 from padconvert.errors import UsageError, VerificationError
 from padconvert.finetune.data.sources import Data
 from padconvert.finetune.objectives import dtype_of
@@ -44,8 +45,15 @@ from padconvert.walk.probe import ProbeSpec, probe_of_batch
 SUFFIX = ".pad.safetensors"
 
 
-def convert(source: str | Path, options: ConvertOptions | None = None, progress: Progress | None = None) -> Conversion:
+def convert(
+    source: str | Path,
+    options: ConvertOptions | None = None,
+    progress: Progress | None = None,
+    *,
+    checksum: Checksum | None = None,
+) -> Conversion:
     """Convert a saved model as `options` say and return what came of it. Nothing is written unless all of it holds.
+    `checksum` is the source's, where it is a file and that was begun already.
 
     Raises a `PadconvertError`: UsageError and PolicyError for what was asked, FileError and UnsafeError for what was
     read or cannot be written, NothingEligibleError, VerificationError where a receipt does not hold, and Interrupted.
@@ -56,7 +64,8 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
     _check_files(Path(source), output, options)
     with settled(options.device) as device, resumable(options):
         progress.stage("load")
-        opened, data = open_task(open_input(Path(source), options, device), resolved.policy, options, progress)
+        input_ = open_input(Path(source), options, device, checksum)
+        opened, data = open_task(input_, resolved.policy, options, progress)
         clock.lap("load")
 
         progress.stage("plan")

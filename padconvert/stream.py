@@ -41,6 +41,8 @@ from padconvert.words import Granularity, Verdict
 
 #: bytes of a half-precision source up to which both networks are copied to fp32, to be held against each other there
 _UPCAST = 2**28
+#: entries that torch goes through on the thread that asks: the others are at work on other layers
+_ALONE = 2**15 - 1
 _TOO_LARGE = "a copy of the source in fp32, to compare half precision in, would take too much memory"
 
 
@@ -170,11 +172,12 @@ def _chosen(layers: dict[str, PadLayer], source: nn.Module) -> dict[tuple[str, s
 
 def _mean_size(slices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The mean |value| of every unit over all its slices [U, S], as `magnitude` has it: [U] fp64."""
-    rows = max(1, PIECE // 4 // sum(each.shape[1] for each in slices))
-    total = len(slices[0])
+    units, entries = len(slices[0]), sum(each.numel() for each in slices)
+    # no less than two units at a time: one alone torch would sum in an order that its threads decide
+    pieces = max(1, min(-(-entries // _ALONE), units // 2))
     found = [
-        torch.cat([each[begin : begin + rows].to(dtype) for each in slices], -1).abs().mean(-1)
-        for begin in range(0, total, rows)
+        torch.cat([each.to(dtype) for each in some], -1).abs().mean(-1)
+        for some in zip(*(each.tensor_split(pieces) for each in slices), strict=True)
     ]
     return torch.cat(found).double().cpu()
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from padconvert.checksum import Checksum
 from padconvert.cli import stdout
 from padconvert.errors import FileError, UsageError
 from padconvert.options import ConvertOptions
@@ -22,10 +23,11 @@ def run_convert(source: Path, options: ConvertOptions, *, as_json: bool, report:
     options.resolve_policy()
     if report is not None:
         _check_report(report, (source, options.output, options.plan_out), force=options.force)
+    checksum = Checksum(source) if source.is_file() else None  # beside the import, a second or more
     from padconvert.convert import convert
 
     with shown(quiet=quiet) as progress:
-        result = convert(source, options, progress)
+        result = convert(source, options, progress, checksum=checksum)
     if report is not None:
         from padconvert.checkpoint.whole_file import write_text
         from padconvert.report.html import page
