@@ -33,7 +33,7 @@ from padconvert.policy import Policy, Resolved, did_you_mean, load_policy, prese
 from padconvert.results import Verification
 from padconvert.rewrite import pad_layers
 from padconvert.verify import spec_of
-from padconvert.walk import walk
+from padconvert.walk import walk, walk_trying
 from padconvert.walk.probe import find_probe, probe_of_batch
 from padconvert.walk.quiet import device_of
 
@@ -60,9 +60,9 @@ def plan(
             "for a saved one there is padconvert.convert(path)."
         )
     resolved = _policy(policy)
-    probe = find_probe(model, None) if inputs is None else probe_of_batch(inputs)
+    walked = walk_trying(model) if inputs is None else walk(model, probe_of_batch(inputs))
     tensors = {name: (tuple(tensor.shape), tensor.element_size()) for name, tensor in own_tensors(model).items()}
-    return make_plan(walk(model, probe), resolved, route=route, seed=seed, tensors=tensors)
+    return make_plan(walked, resolved, route=route, seed=seed, tensors=tensors)
 
 
 def _policy(policy: Policy | Resolved | str | os.PathLike[str] | None) -> Policy | Resolved:

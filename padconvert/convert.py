@@ -10,9 +10,11 @@ from torch import nn
 
 from padconvert.account import card_lines, file_totals, layer_results, planned_totals
 from padconvert.checkpoint.read import read_checkpoint
+from padconvert.checkpoint.save import PROBE_SAMPLES
 from padconvert.checkpoint.whole_file import write_text
 from padconvert.checkpoint.whole_folder import check_folder_target
 from padconvert.checkpoint.write import check_target
+from padconvert.checksum import Checksum
 from padconvert.errors import UsageError, VerificationError
 from padconvert.finetune.data.sources import Data
 from padconvert.finetune.objectives import dtype_of
@@ -35,16 +37,23 @@ from padconvert.seal import Seal, becomes_folder
 from padconvert.stream import Stream, stream
 from padconvert.surroundings import Clock, resumable, settled
 from padconvert.task import open_task
-from padconvert.verify import Call, calls_on, equality, runs
-from padconvert.walk import walk
+from padconvert.verify import Call, calls_on, equality
+from padconvert.walk import walk, walk_trying
 from padconvert.walk.info import Walk
-from padconvert.walk.probe import ProbeSpec, find_probe, probe_of_batch
+from padconvert.walk.probe import ProbeSpec, probe_of_batch
 
 SUFFIX = ".pad.safetensors"
 
 
-def convert(source: str | Path, options: ConvertOptions | None = None, progress: Progress | None = None) -> Conversion:
+def convert(
+    source: str | Path,
+    options: ConvertOptions | None = None,
+    progress: Progress | None = None,
+    *,
+    checksum: Checksum | None = None,
+) -> Conversion:
     """Convert a saved model as `options` say and return what came of it. Nothing is written unless all of it holds.
+    `checksum` is the source's, where it is a file and that was begun already.
 
     Raises a `PadconvertError`: UsageError and PolicyError for what was asked, FileError and UnsafeError for what was
     read or cannot be written, NothingEligibleError, VerificationError where a receipt does not hold, and Interrupted.
@@ -55,12 +64,12 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
     _check_files(Path(source), output, options)
     with settled(options.device) as device, resumable(options):
         progress.stage("load")
-        opened, data = open_task(open_input(Path(source), options, device), resolved.policy, options, progress)
+        input_ = open_input(Path(source), options, device, checksum)
+        opened, data = open_task(input_, resolved.policy, options, progress)
         clock.lap("load")
 
         progress.stage("plan")
-        probe = _probe(opened.static, options, data)
-        walked = walk(opened.static, probe)
+        walked = _walked(opened.static, options, data)
         plan, why_not = _plan(opened, walked, resolved, options, data)
         if options.plan_out is not None:
             write_text(options.plan_out, plan_to_json(plan))
@@ -70,14 +79,14 @@ def convert(source: str | Path, options: ConvertOptions | None = None, progress:
             return _dry_run(opened, plan, walked, resolved, options, clock, gates)
 
         if plan.route == "data-free" or data is None:
-            made = _streamed(opened, plan, probe, data, progress, clock)
+            made = _streamed(opened, plan, walked, data, progress, clock)
         else:
-            made = _fine_tuned(opened, plan, probe, data, options, device, progress, clock)
+            made = _fine_tuned(opened, plan, walked.probe, data, options, device, progress, clock)
         gates = hold((*gates, *_measured_gates(made.trained.comparison, options)))
 
         progress.stage("write")
         said = card_lines(made.trained.comparison, made.trained.routers, plan.policy.data.task)
-        written = Seal(opened, plan, probe, options, gates, made.stream, said).write(made.model, output)
+        written = Seal(opened, plan, walked.probe, options, gates, made.stream, said).write(made.model, output)
         clock.lap("write")
     return Conversion(
         source=SourceFile(str(source), opened.kind, opened.bytes, opened.sha256),
@@ -115,13 +124,13 @@ class _Made:
 def _streamed(
     opened: Opened,
     plan: Plan,
-    probe: ProbeSpec | None,
+    walked: Walk,
     data: Data | None,
     progress: Progress,
     clock: Clock,
 ) -> _Made:
     progress.stage("rewrite")
-    streamed = stream(opened, plan, probe, _seen(opened, data))
+    streamed = stream(opened, plan, walked, _seen(opened, data))
     clock.lap("rewrite")
     return _Made(streamed.model, Trained(), stream=streamed)
 
@@ -207,20 +216,21 @@ def _check_fits(source: Path, options: ConvertOptions) -> None:
 # ---- plan --------------------------------------------------------------------------------------------------------
 
 
-def _probe(model: nn.Module, options: ConvertOptions, data: Data | None) -> ProbeSpec | None:
-    """Inputs to call the model with: as told, as the data has them, or found by trying."""
+def _walked(model: nn.Module, options: ConvertOptions, data: Data | None) -> Walk:
+    """The walk, called with inputs as told, as the data has them, or found by trying; with the samples of a record, so
+    that its outputs are the record's."""
     if options.input_shape is not None:
-        probe = find_probe(model, (1, *options.input_shape))
-        if probe is None or not runs(model, probe):
+        walked = walk_trying(model, (1, *options.input_shape), PROBE_SAMPLES)
+        if walked.probe is None:
             shape = ",".join(map(str, (1, *options.input_shape)))
             raise UsageError(
                 f"--input-shape {shape}: the model's forward does not take it. Leave it out to have one found."
             )
-        return probe
+        return walked
     if data is not None:
         some = data.train.batch(torch.arange(min(8, len(data.train))))
-        return probe_of_batch(some.to("cpu", dtype_of(model)).inputs)
-    return find_probe(model, None)
+        return walk(model, probe_of_batch(some.to("cpu", dtype_of(model)).inputs), PROBE_SAMPLES)
+    return walk_trying(model, None, PROBE_SAMPLES)
 
 
 def _plan(

@@ -23,8 +23,7 @@ from padconvert.plan import ITEMSIZE, Plan, make_plan
 from padconvert.plan.cost import active_copies
 from padconvert.plan.decide import verdicts
 from padconvert.results import Holdings, Inspection, LayerResult
-from padconvert.walk import LayerInfo, walk
-from padconvert.walk.probe import find_probe
+from padconvert.walk import LayerInfo, walk_trying
 from padconvert.words import Reason, Verdict
 
 
@@ -59,8 +58,7 @@ def _of_source(path: Path, source: Source, options: ConvertOptions) -> Inspectio
         dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in source.tensors.items()}
         return of_tensors(path, source.kind, source.bytes, sizes, dtypes, source.notes)
     shape = None if options.input_shape is None else (1, *options.input_shape)
-    probe = find_probe(source.module, shape)
-    found = walk(source.module, probe)
+    found = walk_trying(source.module, shape)
     notes = (*source.notes, *found.notes)
     try:
         policy = options.resolve_policy()

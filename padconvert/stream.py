@@ -21,7 +21,7 @@ from padconvert.checkpoint.layout import expected_tensors, join
 from padconvert.checkpoint.pieces import PIECE, Content, Pieces
 from padconvert.checkpoint.probe_record import fits
 from padconvert.checkpoint.read import Checkpoint
-from padconvert.checkpoint.save import PROBE_SAMPLES, Packed, entries_of, probe_outputs
+from padconvert.checkpoint.save import PROBE_SAMPLES, Packed, entries_of
 from padconvert.checkpoint.write import in_turn
 from padconvert.errors import VerificationError
 from padconvert.layers.build import Static, weight_of
@@ -33,13 +33,16 @@ from padconvert.plan import Plan
 from padconvert.precision import HALF
 from padconvert.results import Equality
 from padconvert.rewrite import empty_layer, pad_layers, sharing_copy, swap_
-from padconvert.verify import NO_INPUTS, Call, equality_by_forward, equality_by_one, probe_check, runs
+from padconvert.verify import NO_INPUTS, Call, equality_by_forward, equality_by_one, probe_check
+from padconvert.walk.info import Walk
 from padconvert.walk.probe import ProbeSpec
 from padconvert.walk.quiet import device_of
 from padconvert.words import Granularity, Verdict
 
 #: bytes of a half-precision source up to which both networks are copied to fp32, to be held against each other there
 _UPCAST = 2**28
+#: entries that torch goes through on the thread that asks: the others are at work on other layers
+_ALONE = 2**15 - 1
 _TOO_LARGE = "a copy of the source in fp32, to compare half precision in, would take too much memory"
 
 
@@ -104,25 +107,16 @@ def _unequal(equal: Equality) -> str:
     )
 
 
-def stream(opened: Opened, plan: Plan, probe: ProbeSpec | None, calls: Sequence[Call]) -> Stream:
-    """Choose the dynamic units of every planned layer; nothing is written or copied yet."""
+def stream(opened: Opened, plan: Plan, walked: Walk, calls: Sequence[Call]) -> Stream:
+    """Choose the dynamic units of every planned layer; nothing is written or copied yet. What was `walked` is the
+    source, on `PROBE_SAMPLES` samples: what it gave there is what the output has to give."""
     model = sharing_copy(opened.module)
     with torch.no_grad():
         _empty_(model, opened.module, plan)
         tensors = _packed(opened.module, model)
-    outputs = None if probe is None else _outputs(opened.module, probe)
-    return Stream(model, Packed(tensors, outputs or ()), opened.module, None if outputs is None else probe, calls)
-
-
-def _outputs(source: nn.Module, probe: ProbeSpec) -> list[Tensor] | None:
-    """The source's outputs on the samples of a record, empty where these are too large for one; None where it cannot
-    be called."""
-    if not fits(PROBE_SAMPLES, (spec.shape for spec in probe.inputs)):
-        return [] if runs(source, probe) else None
-    try:
-        return probe_outputs(source, probe) or None
-    except Exception:  # whatever the user's own code raises
-        return None
+    probe = walked.probe if walked.outputs else None
+    recorded = probe is not None and fits(PROBE_SAMPLES, (spec.shape for spec in probe.inputs))
+    return Stream(model, Packed(tensors, walked.outputs if recorded else ()), opened.module, probe, calls)
 
 
 def _empty_(model: nn.Module, source: nn.Module, plan: Plan) -> None:
@@ -178,11 +172,12 @@ def _chosen(layers: dict[str, PadLayer], source: nn.Module) -> dict[tuple[str, s
 
 def _mean_size(slices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The mean |value| of every unit over all its slices [U, S], as `magnitude` has it: [U] fp64."""
-    rows = max(1, PIECE // 4 // sum(each.shape[1] for each in slices))
-    total = len(slices[0])
+    units, entries = len(slices[0]), sum(each.numel() for each in slices)
+    # no less than two units at a time: one alone torch would sum in an order that its threads decide
+    pieces = max(1, min(-(-entries // _ALONE), units // 2))
     found = [
-        torch.cat([each[begin : begin + rows].to(dtype) for each in slices], -1).abs().mean(-1)
-        for begin in range(0, total, rows)
+        torch.cat([each.to(dtype) for each in some], -1).abs().mean(-1)
+        for some in zip(*(each.tensor_split(pieces) for each in slices), strict=True)
     ]
     return torch.cat(found).double().cpu()
 

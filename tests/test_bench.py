@@ -477,11 +477,12 @@ def test_the_page_says_bounds_ratios_and_machine(tmp_path: Path, capsys: pytest.
     assert "holds no results" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("size", [0, 700, 1000, 1900])
-def test_the_floor_of_a_conversion_writes_as_many_bytes_as_the_output(tmp_path: Path, size: int) -> None:
+def test_the_floor_of_a_conversion_writes_as_many_bytes_as_the_output(tmp_path: Path, size: int, threads: int) -> None:
     source = bytes(range(250)) * 4
     (tmp_path / "source").write_bytes(source)
-    found = copying.copy(tmp_path / "source", tmp_path / "target", size)
+    found = copying.copy(tmp_path / "source", tmp_path / "target", size, threads)
     written = (tmp_path / "target").read_bytes()
     assert written == (source * 2)[:size]
     assert found == tuple(hashlib.sha256(data).hexdigest() for data in (source, written))

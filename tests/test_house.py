@@ -19,7 +19,8 @@ PACKAGE = ROOT / "padconvert"
 ORDER = [
     ["errors"],
     ["words", "allow"],
-    ["results", "progress", "paired", "walk.info", "layers.facts"],
+    ["results", "progress", "paired", "checksum", "walk.spec"],
+    ["walk.info", "layers.facts"],
     ["gates"],
     ["policy"],
     ["options"],

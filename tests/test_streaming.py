@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,12 @@ from torch import Tensor, nn
 
 from padconvert import ConvertOptions, convert, stream
 from padconvert.checkpoint.pieces import Pieces, bytes_of
+from padconvert.checkpoint.probe_record import compare_outputs
 from padconvert.checkpoint.read import read_checkpoint
 from padconvert.checkpoint.tensor_bytes import view_bytes
 from padconvert.checkpoint.write import Hashing
-from padconvert.errors import VerificationError
+from padconvert.checksum import Checksum
+from padconvert.errors import FileError, UsageError, VerificationError
 from padconvert.fold import fold_
 from padconvert.layers.packed import unpack_bits
 from padconvert.layers.paths import shared
@@ -180,6 +184,82 @@ def test_a_factory_fills_no_parameter_and_takes_the_files(monkeypatch: pytest.Mo
     assert placed.data_ptr() == given["conv.weight"].data_ptr()  # not a copy
     for name, tensor in given.items():
         assert torch.equal(module.state_dict()[name], tensor)
+
+
+class Counted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        SEEN.append(x)
+        out: Tensor = self.last(self.first(x).relu().mean((2, 3)))
+        return out
+
+
+SEEN: list[Tensor] = []
+
+
+@pytest.mark.parametrize("shape", [None, (3, 9, 9)])
+def test_the_source_is_called_once_and_the_file_once(shape: tuple[int, ...] | None, tmp_path: Path) -> None:
+    """The forward that finds the inputs is the watched one, on the samples of the record, whose outputs it gives."""
+    torch.manual_seed(0)
+    torch.save(source := Counted(), tmp_path / "model.pt")
+    SEEN.clear()
+    output = tmp_path / "out.pad.safetensors"
+    given = ConvertOptions(output=output, trust=("test_streaming",), sets=(EVERYTHING,), input_shape=shape)
+    made = convert(tmp_path / "model.pt", given)
+    of_source, of_file = SEEN
+    record = read_checkpoint(output).manifest.probe
+    assert record is not None
+    assert torch.equal(of_source, of_file)
+    assert of_source.shape[1:] == (3, *(shape or (3, 32, 32))[1:])
+    assert len(of_source) == record.batch == 4
+    with torch.no_grad():
+        assert compare_outputs(record, [source.eval()(of_source)])[0] == 0
+    assert made.equality is not None
+    assert (made.equality.method, made.equality.samples) == ("forward", 4)
+
+
+def test_inputs_that_the_forward_does_not_take_are_refused(tmp_path: Path) -> None:
+    torch.save(Counted(), tmp_path / "model.pt")
+    given = ConvertOptions(trust=("test_streaming",), sets=(EVERYTHING,), input_shape=(5, 9, 9))
+    with pytest.raises(UsageError, match="--input-shape 1,5,9,9: the model's forward does not take it"):
+        convert(tmp_path / "model.pt", given)
+
+
+def test_units_are_measured_alike_in_pieces_and_by_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    slices = [torch.randn(7, size, generator=torch.Generator().manual_seed(size)) for size in (40_000, 3)]
+    wanted = torch.cat(slices, 1).abs().mean(1).double()
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads, alone in ((1, 2**15 - 1), (2, 2**15 - 1), (2, 8), (1, 10**9)):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr(stream, "_ALONE", alone)
+            found.append(stream._mean_size(slices, torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.allclose(found[0], wanted)
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+def test_the_disk_has_the_file_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsync runs beside the reading back, and what it says counts."""
+    done: list[str] = []
+    sync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (time.sleep(0.2), done.append("synced"), sync(file))[2])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(Path, "replace", lambda self, to: (done.append("named"), replace(self, to))[1])  # type: ignore[func-returns-value]
+    converted(tmp_path, "channel")
+    assert done[:2] == ["synced", "named"]
+
+
+def test_a_checksum_begun_before_is_the_files(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(range(256)) * 9999)
+    assert Checksum(file).value() == hashlib.sha256(file.read_bytes()).hexdigest()
+    with pytest.raises(FileError, match="nowhere: cannot be read"):
+        Checksum(tmp_path / "nowhere").value()
 
 
 _MEASURED = """

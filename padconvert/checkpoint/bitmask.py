@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from padconvert.checkpoint.header import quote
 from padconvert.checkpoint.layout import join
 from padconvert.checkpoint.manifest import Manifest
+from padconvert.checkpoint.tensor_bytes import view_bytes
 from padconvert.errors import FileError
 from padconvert.words import Granularity
 
 
 def count_bits(packed: Tensor) -> int:
     """How many bits of a uint8 tensor are set."""
-    pairs = packed - ((packed >> 1) & 0x55)
-    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-    return int(((nibbles + (nibbles >> 4)) & 0x0F).sum(dtype=torch.int64))
+    # no tensors of its own size, and no thread of torch's, which would wait for a busy core in each of many operations
+    return int.from_bytes(view_bytes(packed), "little").bit_count()
 
 
 def check_bitmask(packed: Tensor, length: int, n_dynamic: int) -> None:

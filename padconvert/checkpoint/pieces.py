@@ -11,7 +11,7 @@ from torch import Tensor
 from padconvert.checkpoint.tensor_bytes import place_of, spec_of, view_bytes
 
 #: bytes handed on at a time: small enough to be still in the cache when the next one reads them
-PIECE = 4 * 2**20
+PIECE = 2**20
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,6 @@ from padconvert.checkpoint.write import WrittenFile, write_checkpoint
 from padconvert.checkpoint.write_folder import write_folder
 from padconvert.errors import UsageError
 from padconvert.layers.pad import PARTS, PadLayer
-from padconvert.rewrite import names_of, pad_layers
 from padconvert.walk.probe import ProbeSpec, call, flat_outputs
 from padconvert.walk.quiet import device_of, untouched
 
@@ -96,14 +95,16 @@ def contents(model: nn.Module, entries: Iterable[LayerEntry], packed: Packed | N
 
 def entries_of(model: nn.Module, *, trained: bool) -> tuple[LayerEntry, ...]:
     """What a manifest says of the model's converted layers. Raises UsageError where one is not folded."""
-    layers = pad_layers(model)
-    return tuple(_entry(model, name, layer, not trained and experts_are_equal(layer)) for name, layer in layers.items())
+    names: dict[PadLayer, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PadLayer):
+            names.setdefault(module, []).append(name)
+    return tuple(_entry(layer, *all_, equal=not trained and experts_are_equal(layer)) for layer, all_ in names.items())
 
 
-def _entry(model: nn.Module, name: str, layer: PadLayer, equal: bool) -> LayerEntry:
+def _entry(layer: PadLayer, name: str, *aliases: str, equal: bool) -> LayerEntry:
     if layer.scale_logit is not None:
         raise UsageError(f"layer '{name}' is not folded, and only folded models are stored: padconvert.fold(model).")
-    aliases = tuple(alias for alias in names_of(model, layer) if alias != name)
     return LayerEntry(name=name, aliases=aliases, equal_experts=equal, facts=layer.facts())
 
 

@@ -7,13 +7,14 @@ stream. The first pass takes several tensors at once; in the second the file's s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from padconvert.checkpoint.whole_folder import sync
 from padconvert.errors import FileError, PadconvertError, UsageError
 
 #: pieces that wait between the one who makes and writes them and the one who hashes them
-_AHEAD = 4
+_AHEAD = 8
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -72,8 +73,9 @@ def write_checkpoint(
     try:
         with sibling(target) as (temporary, file):
             digest = write_tensors(file, encoded, header, manifest, tensors)
-            if check is not None:
-                check(temporary)
+            with syncing(file):
+                if check is not None:
+                    check(temporary)
             check_target(path, force=force, source=source)  # again: the file may have come up meanwhile
             temporary.replace(target)
             sync(target.parent)
@@ -162,7 +164,7 @@ def in_turn(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 
 def write_tensors(file: BinaryIO, encoded: bytes, header: Header, manifest: Manifest, tensors: Contents) -> str:
-    """The second pass. Returns the sha256 of all that was written."""
+    """The second pass. Returns the sha256 of all that was written; `syncing` is left to do."""
     with Hashing() as sha256:
         sha256.update(encoded)
         file.write(encoded)
@@ -175,8 +177,19 @@ def write_tensors(file: BinaryIO, encoded: bytes, header: Header, manifest: Mani
             if crc32 != manifest.crc32[name]:
                 raise PadconvertError(f"tensor {quote(name)} changed while it was being written.")
         file.flush()
-        os.fsync(file.fileno())
         return sha256.hexdigest()
+
+
+@contextlib.contextmanager
+def syncing(file: BinaryIO) -> Iterator[None]:
+    """Afterwards what was written is on the disk. It goes there while the caller reads it back: from memory.
+
+    Raises OSError where the disk refuses.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(os.fsync, file.fileno())
+        yield
+        done.result()
 
 
 class Hashing:

@@ -82,6 +82,7 @@ def _write_shards(
         encoded, headers[file] = encode_header({name: specs[name] for name in names}, metadata)
         with (folder / file).open("xb") as opened:
             write_tensors(opened, encoded, headers[file], manifest, tensors)
+            os.fsync(opened.fileno())
     return headers
 
 

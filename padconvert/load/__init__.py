@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from padconvert.allow import may_be_trusted
 from padconvert.checkpoint.header import read_header
 from padconvert.checkpoint.read import read_checkpoint
+from padconvert.checksum import sha256_of
 from padconvert.errors import FileError, UnsafeError, UsageError
 from padconvert.load.detect import InputKind as InputKind
 from padconvert.load.detect import detect as detect
@@ -31,7 +32,7 @@ from padconvert.load.safetensors_file import load_safetensors
 from padconvert.load.skeleton import module_from as module_from
 from padconvert.load.skeleton import skeleton_of as skeleton_of
 from padconvert.load.source import Source as Source
-from padconvert.load.source import check_finite, own_tensors, sha256_of
+from padconvert.load.source import check_finite, own_tensors
 
 _NO_ARCHITECTURE = "the file holds tensors but no architecture; name one with --arch"
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from padconvert.checkpoint.folder import read_object
 from padconvert.checkpoint.header import open_regular, quote
+from padconvert.checksum import sha256_of_all
 from padconvert.errors import FileError, UnsafeError
-from padconvert.load.source import sha256_of_all
 
 CONFIG = "config.json"
 _MAX_CONFIG = 16 << 20

@@ -17,6 +17,7 @@ from padconvert.checkpoint.folder import CONFIG, INDEX, examine_folder
 from padconvert.checkpoint.manifest import Manifest
 from padconvert.checkpoint.read import read_checkpoint
 from padconvert.checkpoint.tensor_bytes import place_of
+from padconvert.checksum import Checksum, sha256_of_all
 from padconvert.errors import FileError, UsageError
 from padconvert.fold import plain_layer
 from padconvert.layers.facts import LayerFacts
@@ -26,7 +27,7 @@ from padconvert.load import open_source
 from padconvert.load.artefact import load_checkpoint
 from padconvert.load.detect import InputKind, detect
 from padconvert.load.factory import architecture_of, build_factory
-from padconvert.load.source import Checksum, Source, own_tensors, sha256_of, sha256_of_all
+from padconvert.load.source import Source, own_tensors
 from padconvert.options import ConvertOptions
 from padconvert.plan import Plan, TensorSizes
 from padconvert.policy import Rule
@@ -91,11 +92,12 @@ class Opened:
         return model
 
 
-def open_input(path: Path, options: ConvertOptions, device: torch.device) -> Opened:
-    """Open a saved model or an artefact on `device`. Raises as `open_source` and `load` do."""
+def open_input(path: Path, options: ConvertOptions, device: torch.device, checksum: Checksum | None = None) -> Opened:
+    """Open a saved model or an artefact on `device`. `checksum` is its own, where it is a file and that was begun
+    already. Raises as `open_source` and `load` do."""
+    beside = checksum or (Checksum(path) if path.is_file() else None)
     if detect(path) is InputKind.ARTEFACT and options.state_key is None:
-        return _opened_artefact(path, options, device)
-    beside = Checksum(path) if path.is_file() else None
+        return _opened_artefact(path, options, device, beside)
     source = open_source(
         path,
         arch=options.arch,
@@ -105,15 +107,15 @@ def open_input(path: Path, options: ConvertOptions, device: torch.device) -> Ope
         hash=beside is None,
     )
     module = module_of(source).to(device)
-    checksum = beside or source.sha256
-    assert checksum is not None, "open_source hashes unless told not to"
+    known = beside or source.sha256
+    assert known is not None, "open_source hashes unless told not to"
     return Opened(
         path=path,
         kind=source.kind,
         module=module,
         static=module,
         bytes=source.bytes,
-        checksum=checksum,
+        checksum=known,
         architecture=source.architecture,
         extra_tensors=source.extra_tensors,
         notes=source.notes,
@@ -130,13 +132,13 @@ def module_of(source: Source) -> nn.Module:
     return source.module
 
 
-def _opened_artefact(path: Path, options: ConvertOptions, device: torch.device) -> Opened:
+def _opened_artefact(path: Path, options: ConvertOptions, device: torch.device, checksum: Checksum | None) -> Opened:
     """An artefact that was never fine-tuned is its source in another form, so the whole line starts again from it."""
     checkpoint = read_checkpoint(path)
     into = build_factory(architecture_of(options.arch, options.arch_args)) if options.arch else None
     module = load_checkpoint(checkpoint, into=into, trust=options.trust).to(device)
     extra = {name: checkpoint.tensor(name, copy=True) for name in checkpoint.manifest.extra_tensors}
-    size, sha256 = _measured(path)
+    size, sha256 = (path.stat().st_size, checksum) if checksum is not None else _measured(path)
     opened = Opened(
         path=path,
         kind="artefact",
@@ -160,9 +162,7 @@ def _opened_artefact(path: Path, options: ConvertOptions, device: torch.device) 
 
 
 def _measured(path: Path) -> tuple[int, str]:
-    """Bytes and checksum of an artefact; of a folder those of its weight files, and one for these, config and index."""
-    if path.is_file():
-        return path.stat().st_size, sha256_of(path)
+    """Bytes of a folder's weight files, and one checksum for these, config and index."""
     weights = [path / name for name in examine_folder(path).files]
     described = [path / name for name in (CONFIG, INDEX) if (path / name).exists()]
     return sum(file.stat().st_size for file in weights), sha256_of_all([*described, *weights])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from padconvert.errors import FileError
-
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,38 +35,6 @@ class Source:
     sha256: str | None
     notes: tuple[str, ...] = ()
     extra_tensors: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-def sha256_of(path: Path) -> str:
-    """The file's checksum, read in pieces. Raises FileError where it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    return digest.hexdigest()
-
-
-class Checksum:
-    """The sha256 of a file, computed in a thread of its own from now on."""
-
-    def __init__(self, path: Path) -> None:
-        self._pool = ThreadPoolExecutor(1)
-        self._running = self._pool.submit(sha256_of, path)
-        self._pool.shutdown(wait=False)
-
-    def value(self) -> str:
-        """Waits for it. Raises FileError where the file cannot be read."""
-        return self._running.result()
-
-
-def sha256_of_all(paths: Iterable[Path]) -> str:
-    """One checksum for several files of a folder: that of the lines which the command `sha256sum` prints for them, in
-    the order of their names' bytes. Raises FileError where one cannot be read."""
-    ordered = sorted(paths, key=lambda path: path.name.encode())
-    return hashlib.sha256("".join(f"{sha256_of(path)}  {path.name}\n" for path in ordered).encode()).hexdigest()
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:

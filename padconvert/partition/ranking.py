@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_PIECE = 2**20
-_SAMPLE = 2**16
+#: entries gone through at a time: few enough to stay in the cache
+_PIECE = 2**17
+_SAMPLE = 2**15
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def keep_in_layer(score_U: Tensor, count: int) -> Tensor:
@@ -53,46 +55,52 @@ def _lowest_kept(pieces: _Pieces, count: int) -> tuple[Any, int]:
 
     A sample says between which bounds it lies almost certainly; only what lies there is held and selected from.
     """
-    for low, high in (_bounds(pieces, count), (-np.inf, np.inf)):
+    for low, high in (_bounds(pieces, count), pieces.ends):
         above, between = 0, []
         for piece in pieces:
             above += int(np.count_nonzero(piece > high))
-            between.append(piece[(piece >= low) & (piece <= high)])
+            between.append(np.compress((piece >= low) & (piece <= high), piece))
         found = np.concatenate(between)
         if above < count <= above + len(found):
             place = len(found) - (count - above)
             lowest = np.partition(found, place)[place]
             return lowest, count - above - int(np.count_nonzero(found > lowest))
-    raise AssertionError("every |value| lies between −∞ and ∞")
+    raise AssertionError("every |value| lies between the ends")
 
 
-def _bounds(pieces: _Pieces, count: int) -> tuple[float, float]:
+def _bounds(pieces: _Pieces, count: int) -> tuple[int, int]:
     sample = np.sort(pieces.sample())
     place = len(sample) * (1 - count / pieces.total)
     slack = 4 * len(sample) ** 0.5
     low, high = max(int(place - slack), 0), min(int(place + slack), len(sample) - 1)
-    return sample[low] if low else -np.inf, sample[high] if high < len(sample) - 1 else np.inf
+    lowest, highest = pieces.ends
+    return sample[low] if low else lowest, sample[high] if high < len(sample) - 1 else highest
 
 
 class _Pieces:
-    """|value| of a tensor's entries in row-major order, about a million at a time: a multiple of 8 but for the last."""
+    """The ranks of a tensor's entries in row-major order, `_PIECE` at a time: a multiple of 8 but for the last.
+
+    A rank is the bits of |value| read as an integer, which rises as |value| does, whatever the precision.
+    """
 
     def __init__(self, values: Tensor) -> None:
-        self.flat = values.detach().reshape(-1)
-        self.total = self.flat.numel()
+        plain = values.detach().reshape(-1).cpu()
+        self.flat: Any = plain.view(_WHOLE[plain.element_size()]).numpy()
+        self.total = len(self.flat)
+        self.largest = np.iinfo(self.flat.dtype).max  # all bits but the sign
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """No rank lies outside."""
+        return 0, self.largest
 
     def __iter__(self) -> Iterator[Any]:
         for begin in range(0, self.total, _PIECE):
-            yield self._sizes(self.flat[begin : begin + _PIECE])
+            yield self.flat[begin : begin + _PIECE] & self.largest
 
     def sample(self) -> Any:
         # an odd stride meets every column of a row of even length
-        return self._sizes(self.flat[:: self.total // _SAMPLE | 1])
-
-    @staticmethod
-    def _sizes(values: Tensor) -> Any:
-        plain = values if values.dtype in (torch.float32, torch.float64) else values.float()
-        return np.abs(plain.cpu().numpy())
+        return self.flat[:: self.total // _SAMPLE | 1] & self.largest
 
 
 def keep_across_layers(scores: list[Tensor], sizes: list[int], totals: list[int], entries: int) -> list[Tensor]:

@@ -14,7 +14,6 @@ from padconvert.walk.quiet import device_of, untouched
 from padconvert.walk.spec import InputSpec, ProbeSpec
 from padconvert.words import Kind
 
-BATCH = 2  # of a watched forward; two calls are compared in the same shapes
 SHORTEST = 3
 # Of the largest number: what a kernel may give differently for the same numbers.
 TOLERANCE = 1e-6
@@ -36,20 +35,23 @@ class Sequences:
             self.calls.setdefault(index, []).append(given[0].detach().clone())
 
 
-def find_causal(root: nn.Module, layers: Sequence[Found], probe: ProbeSpec, before: Calls) -> dict[int, bool]:
+def find_causal(
+    root: nn.Module, layers: Sequence[Found], probe: ProbeSpec, before: Calls, samples: int
+) -> dict[int, bool]:
     """Of the linear layers on [B, T, C]: does the network read their sequence causally?
 
-    `before` is what went into them in a forward on the probe. For each input that is a sequence one more forward is
-    made, in which its last position is another. A layer whose inputs change there and nowhere before has seen nothing
-    of later positions: True, if the same holds for every layer that the change reaches; the first projections of an
-    encoder see only their own position too, but what they feed mixes all (False). Layers that no change reaches are
-    left out. Raises nothing: {} where a forward fails.
+    `before` is what went into them in a forward on `samples` samples of the probe. For each input that is a sequence
+    one more forward is made, in which its last position is another. A layer whose inputs change there and nowhere
+    before has seen nothing of later positions: True, if the same holds for every layer that the change reaches; the
+    first projections of an encoder see only their own position too, but what they feed mixes all (False). Layers that
+    no change reaches are left out. Raises nothing: {} where a forward fails.
     """
     causal: dict[int, bool] = {}
     try:
         for changed, spec in enumerate(probe.inputs):
             if before and _is_sequence(spec):
-                reached = _compare(before, _after_a_change(root, layers, probe, changed), spec.shape[0])
+                after = _after_a_change(root, layers, probe, changed, samples)
+                reached = _compare(before, after, spec.shape[0])
                 verdict = all(reached.values())
                 causal.update((index, causal.get(index, False) or verdict) for index in reached)
     except Exception:  # the model's own code may raise anything; a walk never does
@@ -65,7 +67,7 @@ def _is_sequence(spec: InputSpec) -> bool:
     return not whole or spec.high is None or spec.high - spec.low > 1
 
 
-def _after_a_change(root: nn.Module, layers: Sequence[Found], probe: ProbeSpec, changed: int) -> Calls:
+def _after_a_change(root: nn.Module, layers: Sequence[Found], probe: ProbeSpec, changed: int, samples: int) -> Calls:
     """What goes into the layers when the last position of an input is another."""
     index = {layer.module: i for i, layer in enumerate(layers)}
     sequences = Sequences(layers, probe)
@@ -75,7 +77,8 @@ def _after_a_change(root: nn.Module, layers: Sequence[Found], probe: ProbeSpec, 
         if module in index and given is not None:
             sequences.keep(index[module], given)
 
-    args, kwargs = probe.make(BATCH, device_of(root))
+    # as many as before: two calls are compared in the same shapes
+    args, kwargs = probe.make(samples, device_of(root))
     _change(probe, changed, args, kwargs)
     hook = register_module_forward_hook(leave, with_kwargs=True)
     try:

@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from padconvert.walk.causal import BATCH, Calls, Sequences
+from padconvert.walk.causal import Calls, Sequences
 from padconvert.walk.found import Found
 from padconvert.walk.probe import call, flat_outputs
 from padconvert.walk.quiet import device_of, untouched
@@ -54,16 +54,19 @@ class Watched:
     heads: frozenset[int]  # layers that make an output, with no layer after them
     chains: tuple[Chain, ...]  # what became of the outputs of layers that widen
     sequences: Calls  # what went into layers on sequences
+    samples: int  # how many it was called on
+    outputs: tuple[Tensor, ...]  # the floating-point ones
 
     def macs(self, index: int, weight_numel: int) -> int:
         """Multiply-adds per sample."""
-        return math.ceil(self.seen[index].positions * weight_numel / BATCH)
+        return math.ceil(self.seen[index].positions * weight_numel / self.samples)
 
 
-def watch(root: nn.Module, layers: Sequence[Found], probe: ProbeSpec) -> Watched:
-    """Call `root` once in eval mode on the probe and say what happened. Raises whatever the forward raises."""
-    watcher = _Watcher(root, layers, Sequences(layers, probe))
-    args, kwargs = probe.make(BATCH, device_of(root))
+def watch(root: nn.Module, layers: Sequence[Found], probe: ProbeSpec, samples: int) -> Watched:
+    """Call `root` once in eval mode on `samples` samples of the probe and say what happened. Raises whatever the
+    forward raises."""
+    watcher = _Watcher(root, layers, Sequences(layers, probe), samples)
+    args, kwargs = probe.make(samples, device_of(root))
     with untouched(root), ExitStack() as stack:
         stack.callback(register_module_forward_pre_hook(watcher.enter).remove)
         # Without `always_call` a raising layer would stay on the stack; nobody reads it then.
@@ -73,15 +76,16 @@ def watch(root: nn.Module, layers: Sequence[Found], probe: ProbeSpec) -> Watched
         outputs = flat_outputs(output)
         # Before the model is put back as it was: what it keeps of the call is still on it.
         chains = watcher.trace.finish(_storage(tensor) for tensor in (*_tensors(output), *outputs))
-    return Watched(watcher.seen, frozenset(watcher.read), watcher.heads(outputs), chains, watcher.sequences.calls)
+    heads, sequences = watcher.heads(outputs), watcher.sequences.calls
+    return Watched(watcher.seen, frozenset(watcher.read), heads, chains, sequences, samples, tuple(outputs))
 
 
 class _Watcher(TorchDispatchMode):
     """Follows the data between the layers: `origins` maps a storage to the layers that its values come from."""
 
-    def __init__(self, root: nn.Module, layers: Sequence[Found], sequences: Sequences) -> None:
+    def __init__(self, root: nn.Module, layers: Sequence[Found], sequences: Sequences, samples: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.layers, self.sequences = layers, sequences
+        self.layers, self.sequences, self.samples = layers, sequences, samples
         self.masked = "attention_mask" in inspect.signature(root.forward).parameters
         self.index = {layer.module: i for i, layer in enumerate(layers)}
         self.owner = _weight_owners(root, layers)
@@ -129,7 +133,7 @@ class _Watcher(TorchDispatchMode):
 
     def _is_by_sample(self, given: Tensor) -> bool:
         """Samples first, and where a mask says which positions count, those positions second."""
-        if len(given) != BATCH:
+        if len(given) != self.samples:
             return False
         return not self.masked or given.dim() != 3 or given.shape[1] in self.sequences.lengths
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from padconvert.walk.spec import ProbeSpec
 from padconvert.words import Kind, Place, Reason, Role
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +57,5 @@ class Walk:
     method: str  # "forward" (a real call was watched) or "tree" (the module tree only)
     notes: tuple[str, ...] = ()  # what had to be assumed, and why a forward was not possible
     mixtures: tuple[str, ...] = ()  # modules that are mixtures of experts already, with their class
+    probe: ProbeSpec | None = None  # the inputs of the call
+    outputs: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)  # what came of it: floating point

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from padconvert.walk.guess import guesses, guesses_of_shape
 from padconvert.walk.quiet import device_of, is_uninitialized, untouched
-from padconvert.walk.spec import InputSpec, ProbeSpec, from_json, to_json
+from padconvert.walk.spec import SAMPLES, InputSpec, ProbeSpec, from_json, to_json
 
 __all__ = [
     "InputSpec",
@@ -22,11 +22,10 @@ __all__ = [
     "from_json",
     "probe_of_batch",
     "to_json",
+    "trials",
 ]
 
 SEED = 0
-# Two samples tell a batch dimension from a lucky broadcast.
-TRIAL_BATCH = 2
 # A model that no guess fits must not cost a minute.
 MAX_TRIALS = 60
 
@@ -38,13 +37,21 @@ def find_probe(module: nn.Module, input_shape: tuple[int, ...] | None) -> ProbeS
     A shape that the forward refuses both ways is still returned, as numbers: the walk then says why it fails.
     Without a shape, the guesses of `walk.guess` are tried one by one; `origin` says which assumption held.
     """
+    first = None
+    for spec in trials(module, input_shape):
+        first = first or spec
+        if _accepts(module, spec):
+            return spec
+    return None if input_shape is None else first
+
+
+def trials(module: nn.Module, input_shape: tuple[int, ...] | None) -> Iterator[ProbeSpec]:
+    """Inputs to try, likeliest first; none for a module that a call would give its weights."""
     if is_uninitialized(module):
-        return None
-    if input_shape is not None:
-        given = [ProbeSpec(inputs, SEED, origin) for inputs, origin in guesses_of_shape(module, input_shape)]
-        return next((spec for spec in given if _accepts(module, spec)), given[0])
-    tried = (ProbeSpec(inputs, SEED, origin) for inputs, origin in islice(guesses(module), MAX_TRIALS))
-    return next((spec for spec in tried if _accepts(module, spec)), None)
+        return
+    guessed = guesses(module) if input_shape is None else guesses_of_shape(module, input_shape)
+    for inputs, origin in islice(guessed, MAX_TRIALS):
+        yield ProbeSpec(inputs, SEED, origin)
 
 
 def why_refused(module: nn.Module) -> str | None:
@@ -52,7 +59,7 @@ def why_refused(module: nn.Module) -> str | None:
     if is_uninitialized(module):
         return None
     for inputs, origin in islice(guesses(module), 1):
-        args, kwargs = ProbeSpec(inputs, SEED, origin).make(TRIAL_BATCH, device_of(module))
+        args, kwargs = ProbeSpec(inputs, SEED, origin).make(SAMPLES, device_of(module))
         try:
             with untouched(module):
                 call(module, args, kwargs)
@@ -69,7 +76,7 @@ def error_line(error: Exception) -> str:
 
 def _accepts(module: nn.Module, spec: ProbeSpec) -> bool:
     """Whether a forward runs and gives floating-point outputs."""
-    args, kwargs = spec.make(TRIAL_BATCH, device_of(module))
+    args, kwargs = spec.make(SAMPLES, device_of(module))
     try:
         with untouched(module):
             return bool(flat_outputs(call(module, args, kwargs)))

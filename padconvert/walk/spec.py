@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+#: how many samples a network is called on, where nobody wants more: two tell a batch dimension from a lucky broadcast
+SAMPLES = 2
+
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:

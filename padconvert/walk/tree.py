@@ -15,7 +15,7 @@ from padconvert.walk.forward import Watched, watch
 from padconvert.walk.found import Found, find_layers
 from padconvert.walk.groups import Groups, find_groups
 from padconvert.walk.info import LayerInfo, Walk
-from padconvert.walk.probe import error_line, why_refused
+from padconvert.walk.probe import error_line, trials, why_refused
 from padconvert.walk.quiet import is_uninitialized
 from padconvert.walk.roles import find_roles
 from padconvert.walk.spec import ProbeSpec
@@ -24,14 +24,32 @@ from padconvert.walk.verdict import find_readers, judge
 from padconvert.words import Reason, Role
 
 
-def walk_tree(root: nn.Module, probe: ProbeSpec | None) -> Walk:
+def walk_tree(root: nn.Module, probe: ProbeSpec | None, samples: int) -> Walk:
     """See `padconvert.walk.walk`."""
     layers = find_layers(root)
-    watched, notes = _try_to_watch(root, layers, probe)
+    watched, notes = _try_to_watch(root, layers, probe, samples)
+    return _walked(root, layers, probe, watched, notes)
+
+
+def walk_by_trying(root: nn.Module, input_shape: tuple[int, ...] | None, samples: int) -> Walk:
+    """See `padconvert.walk.walk_trying`."""
+    layers, first = find_layers(root), None
+    for probe in trials(root, input_shape):
+        first = first or probe
+        watched, notes = _try_to_watch(root, layers, probe, samples)
+        if watched is not None and watched.outputs:
+            return _walked(root, layers, probe, watched, notes)
+    return walk_tree(root, None if input_shape is None else first, samples)
+
+
+def _walked(
+    root: nn.Module, layers: Sequence[Found], probe: ProbeSpec | None, watched: Watched | None, notes: tuple[str, ...]
+) -> Walk:
+    """What is to be said of the layers, `watched` in a forward on the probe or not."""
     judged = _judge_all(root, layers, watched)
     roles = find_roles(root, layers, watched)
     groups = find_groups(layers, watched, roles, [reason for reason, _ in judged])
-    causal = find_causal(root, layers, probe, watched.sequences) if watched is not None and probe is not None else {}
+    causal = _causal(root, layers, probe, watched)
     infos = tuple(
         dataclasses.replace(
             _info(layer, index, judged[index], roles[index], watched),
@@ -41,7 +59,18 @@ def walk_tree(root: nn.Module, probe: ProbeSpec | None) -> Walk:
         for index, layer in enumerate(layers)
     )
     mixtures = find_mixtures(root)
-    return Walk(infos, "tree" if watched is None else "forward", (*notes, *_on_mixtures(mixtures)), mixtures)
+    said = (*notes, *_on_mixtures(mixtures))
+    if watched is None:
+        return Walk(infos, "tree", said, mixtures)
+    return Walk(infos, "forward", said, mixtures, probe, watched.outputs)
+
+
+def _causal(
+    root: nn.Module, layers: Sequence[Found], probe: ProbeSpec | None, watched: Watched | None
+) -> dict[int, bool]:
+    if watched is None or probe is None:
+        return {}
+    return find_causal(root, layers, probe, watched.sequences, watched.samples)
 
 
 def _on_mixtures(mixtures: Sequence[str]) -> tuple[str, ...]:
@@ -71,7 +100,7 @@ def _in_group(index: int, groups: Groups, judged: tuple[Reason, str]) -> dict[st
 
 
 def _try_to_watch(
-    root: nn.Module, layers: Sequence[Found], probe: ProbeSpec | None
+    root: nn.Module, layers: Sequence[Found], probe: ProbeSpec | None, samples: int
 ) -> tuple[Watched | None, tuple[str, ...]]:
     """A watched forward, or the note that says why there is none."""
     if probe is None:
@@ -81,7 +110,7 @@ def _try_to_watch(
     if is_uninitialized(root):
         return None, ("no forward was made: it would give the lazy layers their weights",)
     try:
-        return watch(root, layers, probe), (f"inputs: {probe.origin}",)
+        return watch(root, layers, probe, samples), (f"inputs: {probe.origin}",)
     except Exception as error:  # the model's own code may raise anything; a walk never does
         return None, (f"a forward on {probe.origin} fails: {error_line(error)}",)
 

@@ -45,7 +45,7 @@ def take(source: Path, granularity: str, layers: int, given: Setting) -> Row:
     ]  # fmt: skip
     run(convert, folder, given.threads)
     size = output.stat().st_size
-    copy = [sys.executable, "-m", "benchmarks.copying", source.name, "copy", str(size)]
+    copy = [sys.executable, "-m", "benchmarks.copying", source.name, "copy", str(size), str(given.threads)]
     calls: dict[str, Callable[[], object]] = {
         "copying": lambda: run(copy, folder, given.threads),
         "convert": lambda: run(convert, folder, given.threads),

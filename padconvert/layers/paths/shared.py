@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from padconvert.layers.linear import PadLinear
     from padconvert.layers.pad import PadLayer
 
-#: entries that are put in their places at a time; a multiple of 8, so that each piece begins on a whole byte of bits
-_PIECE = 2**20
+#: entries that are put in their places at a time: few enough to stay in the cache, and a multiple of 8, so that each
+#: piece begins on a whole byte of bits
+_PIECE = 2**16
 
 
 def convolve(layer: PadConv, x: Tensor) -> Tensor:
