@@ -72,6 +72,11 @@ def _deliberate(error: Exception) -> PadconvertError:
         return FileError(f"{error.filename or 'a file or the standard output'}: {error.strerror}")
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
         return PadconvertError("there is not enough memory. Take fewer experts, smaller batches, or a larger machine.")
+    if isinstance(error, RecursionError):
+        return FileError(
+            "modules or attributes are nested too deeply to be copied or called. Save the state dict of a flatter "
+            "network, and name a factory with --arch."
+        )
     first_line = (str(error).splitlines() or [""])[0]
     return PadconvertError(
         f"internal: {type(error).__name__}: {first_line} (PADCONVERT_DEBUG=1 shows the traceback; please report it)"
