@@ -376,7 +376,7 @@ def test_a_network_nested_deeper_than_python_copies_is_a_plain_refusal(
         sys.setrecursionlimit(20_000)
         for _ in range(240):
             made = nn.Sequential(made)
-        torch.save(made, "model.pt")
+        torch.save(made, in_tmp / "model.pt")
     finally:
         sys.setrecursionlimit(before)
     code, _, err = ran("convert", "model.pt", capsys=capsys)

@@ -27,14 +27,16 @@ def interruptible(inside: CodeType) -> Iterator[None]:
 
     open_ = [True]
 
-    def again(number: int) -> None:
+    def again(number: signal.Signals) -> None:
         time.sleep(_AGAIN)
         if open_:
             _thread.interrupt_main(number)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if _is_importing(frame, inside):
-            _thread.start_new_thread(again, (number,))  # `threading` takes locks, which what is interrupted may hold
+            _thread.start_new_thread(
+                again, (signal.Signals(number),)
+            )  # `threading` takes locks, which what is interrupted may hold
             return
         if number == signal.SIGTERM:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
