@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+from padconvert.cli.interrupts import interruptible
 from padconvert.cli.stdout import named, require_streams
 from padconvert.errors import FileError, GateError, Interrupted, PadconvertError, UsageError
 
@@ -23,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     raised on purpose is exit code 1, and PADCONVERT_DEBUG=1 lets its traceback through. SIGTERM ends as Ctrl-C does.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with _terminable():
+    with interruptible(main.__code__):
         return _main(words)
 
 
@@ -51,25 +50,6 @@ def _main(words: list[str]) -> int:
         return _fail(words, _deliberate(error))
 
 
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt here, once, so that what was begun is cleaned up."""
-
-    def interrupt(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not the main thread: signals are none of our business
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-
-
 def _abandon_stdout() -> None:
     # Python flushes stdout once more on its way out: give it somewhere to go.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -92,6 +72,11 @@ def _deliberate(error: Exception) -> PadconvertError:
         return FileError(f"{error.filename or 'a file or the standard output'}: {error.strerror}")
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
         return PadconvertError("there is not enough memory. Take fewer experts, smaller batches, or a larger machine.")
+    if isinstance(error, RecursionError):
+        return FileError(
+            "modules or attributes are nested too deeply to be copied or called. Save the state dict of a flatter "
+            "network, and name a factory with --arch."
+        )
     first_line = (str(error).splitlines() or [""])[0]
     return PadconvertError(
         f"internal: {type(error).__name__}: {first_line} (PADCONVERT_DEBUG=1 shows the traceback; please report it)"

@@ -216,6 +216,70 @@ def nested_key() -> dict[Any, Any]:
     return {"k": key}
 
 
+def nested(levels: int) -> Any:
+    """A tuple that is small in the file, and larger than any memory when it is spelled out."""
+    made: Any = (1,)
+    for _ in range(levels):
+        made = (made, made)
+    return made
+
+
+def nest(levels: int) -> bytes:
+    """A list inside a list, and so on."""
+    return b"]" * levels + b"a" * (levels - 1)
+
+
+def pooled() -> nn.Module:
+    made = nn.AdaptiveAvgPool2d(1)
+    made.output_size = nested(45)
+    return made
+
+
+def modules_over_and_over() -> nn.Module:
+    made: nn.Module = nn.Conv2d(1, 1, 1)
+    for _ in range(40):
+        made = nn.Sequential(made, made)
+    return made
+
+
+def many_sets() -> bytes:
+    """One list of 100,000 values, of which 20,000 sets are made."""
+    return b"](" + b"K\x01" * 100_000 + b"eq\x00(" + b"c__builtin__\nset\nh\x00\x85R" * 20_000 + b"t\x86"
+
+
+def many_bytes() -> bytes:
+    """One text of a megabyte, of which 5,000 byte strings are made."""
+    text = b"X" + (1 << 20).to_bytes(4, "little") + b"a" * (1 << 20) + b"q\x00"
+    return text + b"(" + (b"c_codecs\nencode\nh\x00" + short("latin1") + b"\x86R") * 5_000 + b"t\x86"
+
+
+def recurrent() -> nn.Module:
+    """torch restores it by a loop over its layers."""
+    made = nn.LSTM(2, 2)
+    made._all_weights = [[0]]  # type: ignore[list-item]
+    made.num_layers = 10**9
+    return made
+
+
+def expanded() -> nn.Module:
+    made = nn.Linear(2, 2)
+    for i in range(64):
+        made.register_buffer(f"b{i}", torch.zeros(1).expand(1 << 24))
+    return made
+
+
+def sliced() -> nn.Module:
+    made, values = nn.Linear(2, 2), torch.zeros(1 << 18)
+    for i in range(600):
+        made.register_buffer(f"b{i}", values[i:])
+    return made
+
+
+def members_without_end(path: Path) -> None:
+    """More than any network has tensors; Python's reader makes an object of each."""
+    write(path, {"data.pkl": b"\x80\x02}."} | {f"data/{i}": b"" for i in range(80_000)})
+
+
 _KEYED = b"}" + short("w") + b"))\x862\x86" + b"K\x01s"
 
 ATTACKS: dict[str, tuple[Callable[[Path], None], Refusals]] = {
@@ -298,6 +362,21 @@ ATTACKS: dict[str, tuple[Callable[[Path], None], Refusals]] = {
     "bytearray_bomb": (saved(lambda: layer(x=Call(bytearray, 10**11))), UnsafeError),
     "storage_bomb": (saved(lambda: layer(x=Call(torch.FloatTensor, 10**10))), UnsafeError),
     "long_key": (saved(lambda: layer(x={nested_key()["k"]: 1})), UnsafeError),
+    "number_of_100000_bits": (saved(lambda: layer(in_features=1 << 100_000)), FileError),
+    "shared_over_and_over": (saved(lambda: layer(padding=nested(45))), FileError),
+    "shared_as_a_size": (saved(pooled), FileError),
+    "nested_without_end": (
+        bare(b"ctorch.nn.modules.linear\nIdentity\n)\x81}" + short("x") + nest(20_000) + b"sb"),
+        FileError,
+    ),
+    "modules_over_and_over": (saved(modules_over_and_over), FileError),
+    "one_list_made_many_sets": (bare(b"}" + short("a") + many_sets() + b"s"), FileError),
+    "one_text_made_many_bytes": (bare(b"}" + short("a") + many_bytes() + b"s"), FileError),
+    "opcodes_without_end": (bare(b"}" + short("a") + b"(" + b"N" * 2_000_000 + b"ts"), FileError),
+    "layers_of_a_recurrent_net": (saved(recurrent), FileError),
+    "numbered_tensor": (bare(b"}" + short("w") + b"(" + short("tensor") + b"K\x03tQs"), FileError),
+    "expanded_many_times": (saved(expanded), FileError),
+    "sliced_many_times": (saved(sliced), FileError),
     "storage_too_short": (lambda path: tensor_file(path, view(0, 4, 1), stored=12), FileError),
     "storage_of_another_dtype": (lambda path: tensor_file(path, view(0, 4, 1), dtype="DoubleStorage"), FileError),
     "truth_values_of_255": (saved(lambda: torch.ones(1)), FileError),  # replaced below
@@ -315,6 +394,7 @@ ATTACKS: dict[str, tuple[Callable[[Path], None], Refusals]] = {
     "zip_with_a_tail": (zip_then_more, UnsafeError),
     "zip_with_a_head": (shifted_zip, UnsafeError),
     "header_against_directory": (lying_header, UnsafeError),
+    "members_without_end": (members_without_end, FileError),
     "member_outside": (climbing_member, UnsafeError),
     "facts_of_a_legacy_file": (legacy_facts, UnsafeError),
 }

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -390,3 +391,53 @@ def test_what_a_run_reads_is_never_overwritten(
     assert main(words) == 2
     assert "is read by this run" in capsys.readouterr().err
     assert files(tmp_path) == before
+
+
+# ---- while something is imported
+
+SLOW = """
+import threading
+import time
+try:
+    for _ in range(40):
+        time.sleep(0.01)
+except BaseException:
+    pass
+whole = True
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_import_that_catches_everything_loses_no_signal(
+    number: int, place: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numpy and torch catch what is raised while they are imported, and go on with half of their modules."""
+    (in_tmp / "slow_import.py").write_text(SLOW)
+    monkeypatch.syspath_prepend(str(in_tmp))
+    reached: list[str] = []
+
+    def imports(*_: object, **__: object) -> None:
+        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+        module = importlib.import_module("slow_import")
+        assert module.whole
+        reached.append("imported")
+        time.sleep(5)
+        reached.append("went on")
+
+    monkeypatch.setattr("padconvert.verify.verify", imports)
+    monkeypatch.delitem(sys.modules, "slow_import", raising=False)
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    assert main(["verify", str(place / "free.st")]) == 130
+    assert reached == ["imported"]
+    assert "interrupted" in capsys.readouterr().err
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_signal_that_is_ignored_stays_so(place: Path) -> None:
+    """A run in the background of a shell, or under nohup."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert main(["verify", str(place / "free.st"), "--json"]) == 0
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

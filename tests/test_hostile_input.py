@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import shutil
+import sys
 import time
 import zipfile
 from dataclasses import replace
@@ -390,6 +391,23 @@ def test_text_is_still_text(in_tmp: Path, capsys: pytest.CaptureFixture[str]) ->
     for text in ("hello there\n", ".\n", "c\n", "import os\nos.system('x')\n", "item\nvalue\n", "cat\ndog\nbird\n"):
         (in_tmp / "model.pt").write_text(text)
         assert [code for code, _ in both("model.pt", capsys)] == [4, 4]
+
+
+def test_a_network_nested_deeper_than_python_copies_is_a_plain_refusal(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: nn.Module = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+    before = sys.getrecursionlimit()
+    try:
+        sys.setrecursionlimit(20_000)
+        for _ in range(240):
+            made = nn.Sequential(made)
+        torch.save(made, in_tmp / "model.pt")
+    finally:
+        sys.setrecursionlimit(before)
+    code, _, err = ran("convert", "model.pt", capsys=capsys)
+    assert code == 4
+    assert "nested too deeply" in err
 
 
 # ---- directories of transformers

@@ -6,15 +6,21 @@ file could see something else.
 
 from __future__ import annotations
 
+import os
 import struct
 import zipfile
-from pathlib import PurePosixPath
+from pathlib import Path
+from typing import BinaryIO
 
 from padconvert.errors import FileError, UnsafeError
 from padconvert.load.storages import MappedFile, Region
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _END_BYTES = 22
+# More than the directory of any network: some 65,000 members. Python's reader makes an object of each.
+_MOST_DIRECTORY = 4 << 20
+_LONGEST_COMMENT = 1 << 16
+_END64_BYTES, _LOCATOR_BYTES = 56, 20
 
 
 def members(file: MappedFile, writer: str = "torch.save") -> dict[str, Region]:
@@ -24,7 +30,7 @@ def members(file: MappedFile, writer: str = "torch.save") -> dict[str, Region]:
     Raises FileError for a damaged archive, UnsafeError for one that two readers would read differently.
     """
     try:
-        with file.path.open("rb") as handle, zipfile.ZipFile(handle) as archive:
+        with open_zip(file.path) as archive:
             infos, comment = archive.infolist(), archive.comment
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise FileError(
@@ -38,6 +44,32 @@ def members(file: MappedFile, writer: str = "torch.save") -> dict[str, Region]:
     return {_inner(name): region for name, region in regions.items()}
 
 
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """The archive at `path`. Raises FileError where its directory is larger than that of any network, whatever
+    `zipfile` raises where it is damaged."""
+    with path.open("rb") as file:
+        size = _directory_bytes(file)
+    if size > _MOST_DIRECTORY:
+        raise FileError(f"{path}: a zip archive whose directory takes {size} bytes, more than that of any network.")
+    return zipfile.ZipFile(path)
+
+
+def _directory_bytes(file: BinaryIO) -> int:
+    """The size of the directory as the archive's end states it; 0 where there is no end."""
+    at_end = file.seek(0, os.SEEK_END)
+    before = _LONGEST_COMMENT + _END_BYTES + _LOCATOR_BYTES + _END64_BYTES
+    file.seek(max(at_end - before, 0))
+    tail = file.read()
+    end = len(tail) - _END_BYTES if tail[-_END_BYTES:].startswith(b"PK\x05\x06") else tail.rfind(b"PK\x05\x06")
+    if end < 0:
+        return 0
+    size = int.from_bytes(tail[end + 12 : end + 16], "little")
+    end64 = end - _LOCATOR_BYTES - _END64_BYTES
+    if end64 >= 0 and tail[end64 : end64 + 4] == b"PK\x06\x06":
+        size = max(size if size != 0xFFFFFFFF else 0, int.from_bytes(tail[end64 + 40 : end64 + 48], "little"))
+    return size
+
+
 def _inner(name: str) -> str:
     return name.split("/", 1)[1]
 
@@ -48,14 +80,8 @@ def _check_names(file: MappedFile, infos: list[zipfile.ZipInfo], writer: str) ->
     if len(folded) != len(names):
         raise UnsafeError(f"{file.path}: two members of the archive have the same name. Save it again with {writer}.")
     for name in names:
-        parts = PurePosixPath(name).parts
-        if (
-            len(parts) < 2
-            or name.startswith("/")
-            or ".." in parts
-            or "\\" in name
-            or "/" + "/".join(parts) != "/" + name
-        ):
+        parts = name.split("/")
+        if len(parts) < 2 or "\\" in name or not {"", ".", ".."}.isdisjoint(parts):
             raise UnsafeError(f"{file.path}: member {name!r} is not a plain path. Save it again with {writer}.")
     if len({name.split("/", 1)[0] for name in names}) > 1:
         raise UnsafeError(f"{file.path}: the archive has more than one top folder. Save it again with {writer}.")

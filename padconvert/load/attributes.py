@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from padconvert.checkpoint.layout import MOST_DILATION, MOST_STEPS, SPARE_PADDING
 from padconvert.errors import FileError, printable
 
-# Beyond any network's. Padding past what the kernel spans reads zeros alone, so it may do so by little.
-_STEPS = 65_536
-_DILATIONS = {1: 65_536, 2: 256, 3: 256}
-_SPARE_PADDING = 64
+# Beyond any network's.
 _SIDE = 1_024
 _SCALE = 64
 _COUNT = 2**40
@@ -97,14 +95,14 @@ def _agree(stated: dict[str, int], shape: tuple[int, ...] | None) -> None:
 
 def _convolution(module: nn.Module) -> None:
     kernel = _stated(module, "kernel_size")
-    size = len(kernel) if isinstance(kernel, tuple) and len(kernel) in _DILATIONS else 0
-    kernel = _counts(module, "kernel_size", size, 1, _STEPS)
+    size = len(kernel) if isinstance(kernel, tuple) and len(kernel) in MOST_DILATION else 0
+    kernel = _counts(module, "kernel_size", size, 1, MOST_STEPS)
     groups = _count(module, "groups", 1)
     inputs, outputs = _count(module, "in_channels", 1), _count(module, "out_channels", 1)
     if inputs % groups or outputs % groups:
         raise _Fault(f"groups is {groups}, which divides {inputs} and {outputs} channels not at all")
-    _counts(module, "stride", size, 1, _STEPS)
-    dilation = _counts(module, "dilation", size, 1, _DILATIONS[size])
+    _counts(module, "stride", size, 1, MOST_STEPS)
+    dilation = _counts(module, "dilation", size, 1, MOST_DILATION[size])
     if _stated(module, "padding_mode") not in _PADDING_MODES:
         raise _Fault(f"padding_mode is {_shown(_stated(module, 'padding_mode'))}, which torch does not know")
     spans = [step * (width - 1) for step, width in zip(dilation, kernel, strict=True)]
@@ -132,7 +130,7 @@ def _padding(module: nn.Module, spans: list[int]) -> None:
     else:
         padding = _counts(module, "padding", len(spans), 0, _COUNT)
         for each, span in zip(padding, spans, strict=True):
-            if each > span + _SPARE_PADDING:
+            if each > span + SPARE_PADDING:
                 raise _Fault(f"padding is {_shown(stated)}, which reaches far past its kernel")
         sides = [(each, each) for each in padding]
     # what torch computes with in every mode but zeros

@@ -24,11 +24,12 @@ from padconvert.load.directory_files import read_directory
 from padconvert.load.exported import audit_exported, load_exported
 from padconvert.load.factory import check_factory_trusted
 from padconvert.load.names import check_names, check_trust, refused_names
-from padconvert.load.nodes import NameNode, ObjectNode, TensorNode, View
+from padconvert.load.nodes import NameNode, ObjectNode, TensorNode
+from padconvert.load.pickled_file import view_of
 from padconvert.load.reader import Pickled, read
 from padconvert.load.skeleton_json import decode
 from padconvert.load.state_dict import find_network
-from padconvert.load.storages import check_view, torch_dtype
+from padconvert.load.storages import torch_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +178,6 @@ def _verdict(pickled: Pickled, names: list[str], trust: tuple[str, ...], where: 
 
 def _empty(pickled: Pickled, node: TensorNode) -> Tensor:
     """The tensor's shape and dtype alone, checked like the tensor itself."""
-    assert isinstance(node.source, View)
-    check_view(node.source, pickled.storages.regions[node.source.storage].size, str(pickled.storages.file.path))
-    return torch.empty(node.source.size, dtype=torch_dtype(node.source.dtype), device="meta")
+    view = view_of(pickled, node)
+    pickled.storages.check_view(view)
+    return torch.empty(view.size, dtype=torch_dtype(view.dtype), device="meta")

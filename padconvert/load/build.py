@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from padconvert.allow import FUNCTIONS, TYPES, hint, inside
 from padconvert.errors import FileError, UnsafeError
 from padconvert.load.attributes import check_attributes
+from padconvert.load.extent import check_extent, check_names
 from padconvert.load.names import resolve
 from padconvert.load.nodes import (
     MemberNode,
@@ -43,11 +44,11 @@ from padconvert.load.nodes import (
 from padconvert.load.reductions import DTYPE_NAMES
 
 _MISSING = object()
+_MOST_LAYERS = 10_000
 _MEMBERS = {"_parameters": nn.Parameter, "_buffers": Tensor, "_modules": nn.Module}
 #: a member under one of these names would be in the way when the module uses its own attribute
 _RESERVED = frozenset(vars(nn.Module()))
 _TENSOR_STATE = (bool, int, float, str, type(None))
-_DEEPEST = 250
 
 # what torch.nn.Module calls out of its own attributes
 _CODE_KEYS = frozenset(key for key in vars(nn.Module()) if "_hooks" in key) | {
@@ -91,6 +92,7 @@ class _Builder:
         nodes = walk(root)
         for node in nodes:
             self.check(node)
+        check_extent(nodes, self.where)
         # containers first, empty, because cycles run through them; then what cannot change; then the contents
         for node in nodes:
             self.make_empty(node)
@@ -104,7 +106,7 @@ class _Builder:
             self.check_made(node)
         made = self.value(root)
         if isinstance(made, nn.Module):
-            self.check_depth(made)
+            check_names(made, self.where)
             check_attributes(made, self.where)
         return made
 
@@ -174,6 +176,8 @@ class _Builder:
             self.check_attribute(cls, node, key, value)
         if issubclass(cls, nn.Module):
             self.check_module(node)
+        if issubclass(cls, nn.RNNBase):
+            self.check_recurrent(node)
 
     def check_class(self, cls: Any, name: NameNode) -> None:
         if not inspect.isclass(cls):
@@ -211,6 +215,12 @@ class _Builder:
             for name, _ in table.pairs:
                 if not isinstance(name, str) or not name or "." in name or name in _RESERVED:
                     raise FileError(f"{self.where}: {name!r} among the {key} of a {node.cls.name} is not a name.")
+
+    def check_recurrent(self, node: ObjectNode) -> None:
+        """torch's own `__setstate__` of these layers names the weights of each of so many."""
+        layers = dict(node.state.pairs).get("num_layers") if node.state else None
+        if type(layers) is not int or not 1 <= layers <= _MOST_LAYERS:
+            raise FileError(f"{self.where}: a {node.cls.name} has no number of layers that a network has.")
 
     def named(self, name: NameNode) -> Any:
         if name.full not in self.classes:
@@ -327,22 +337,6 @@ class _Builder:
             made.__setstate__(state)
         except (KeyError, AttributeError, TypeError, IndexError, ValueError) as error:
             raise FileError(f"{self.where}: the state of a {node.cls.name} is incomplete ({error!r}).") from error
-
-    def check_depth(self, root: nn.Module) -> None:
-        """torch walks a module by recursion, which a module inside itself would never leave."""
-        above: list[nn.Module] = []
-        stack: list[tuple[nn.Module, int]] = [(root, 0)]
-        done: dict[int, int] = {}
-        while stack:
-            module, depth = stack.pop()
-            del above[depth:]
-            if depth > _DEEPEST or any(module is other for other in above):
-                raise FileError(f"{self.where}: its modules contain themselves or are nested over {_DEEPEST} deep.")
-            if done.get(id(module), -1) >= depth:
-                continue
-            done[id(module)] = depth
-            above.append(module)
-            stack += [(child, depth + 1) for child in module._modules.values() if child is not None]
 
     def check_made(self, node: Node) -> None:
         made = self.made.get(id(node))

@@ -10,6 +10,7 @@ from pathlib import Path
 from padconvert.checkpoint.header import open_regular
 from padconvert.checkpoint.read import is_artefact
 from padconvert.errors import FileError
+from padconvert.load.archive import open_zip
 from padconvert.load.directory_files import CONFIG, not_a_directory
 from padconvert.load.reader import mentions_code
 
@@ -71,7 +72,7 @@ def _detect_folder(place: Path) -> InputKind:
 
 def _detect_zip(place: Path) -> InputKind:
     try:
-        with zipfile.ZipFile(place) as archive:
+        with open_zip(place) as archive:
             names = [name.partition("/")[2] or name for name in archive.namelist()]
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         # zipfile looks for the directory first, and calls a file without one no zip file at all

@@ -13,6 +13,7 @@ from pathlib import Path
 from padconvert.allow import FUNCTIONS, TYPES, WRAPPERS, class_allowed, hint, inside, may_be_trusted, unread
 from padconvert.checkpoint.header import open_regular, read_header
 from padconvert.errors import FileError, UnsafeError
+from padconvert.load.archive import open_zip
 from padconvert.load.audit import Audit, audit
 from padconvert.load.names import check_trust
 from padconvert.load.reductions import DATA_NAMES
@@ -89,7 +90,7 @@ def _members(path: Path) -> tuple[int, tuple[Member, ...]]:
         with open_regular(path):  # a pipe or a device is never read from, nor waited for
             size = path.stat().st_size
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
+            with open_zip(path) as archive:
                 return size, tuple(Member(info.filename, info.file_size) for info in archive.infolist())
         return size, tuple(Member(name, slot.nbytes) for name, slot in read_header(path).tensors.items())
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):

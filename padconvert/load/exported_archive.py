@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from padconvert.errors import FileError, UnsafeError
-from padconvert.load.archive import members
+from padconvert.load.archive import members, open_zip
 from padconvert.load.exported_grammar import EXPORT_AGAIN, check_path, shown
 from padconvert.load.exported_program import parse
 from padconvert.load.exported_torch import plain_int, tensor_spec
@@ -97,7 +97,7 @@ def read_archive(path: Path) -> Archive:
 def member_names(path: Path) -> list[str]:
     """All names in the archive's directory, as they stand there; for an audit. Raises FileError."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
             return archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise FileError(f"{path}: a zip archive that is damaged or cut off ({error}). Download it again.") from error

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from padconvert.allow import hint
 from padconvert.errors import FileError, UnsafeError
+from padconvert.load.budget import Budget
 from padconvert.load.nodes import (
     NameNode,
     Node,
@@ -33,7 +36,6 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY = {"EMPTY_LIST": Series.LIST, "EMPTY_TUPLE": Series.TUPLE, "EMPTY_SET": Series.SET}
 _SHORT_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "exceptions": "builtins"}
-_MAX_OPCODES = 50_000_000
 
 
 class Readable(Protocol):
@@ -52,26 +54,38 @@ _MARK = _Mark()
 _Slot = Value | _Mark
 
 
-def parse(source: Readable | bytes, where: str, names: list[NameNode] | None = None) -> Tree:
+def parse(source: Readable | bytes, where: str, names: list[NameNode] | None = None, *, numbered: bool = False) -> Tree:
     """The tree of the one pickle that starts at `source`; a file is left right behind it. `names` gets every name in
-    it, also of a pickle that is damaged further on.
+    it, also of a pickle that is damaged further on. `numbered`: its tensors are numbers of a caller's own list, which
+    no file may ask for.
 
     Raises FileError for a damaged pickle, UnsafeError for opcodes that no saved model needs.
     """
-    machine = _Machine(where, names)
+    machine = _Machine(where, names, numbered)
     position: int | None = None
     try:
-        for count, (opcode, argument, at) in enumerate(pickletools.genops(source)):  # type: ignore[arg-type]
-            position = at
-            if count > _MAX_OPCODES:
-                raise FileError(f"{where}: its pickle never ends (over {_MAX_OPCODES} opcodes).")
-            machine.run(opcode.name, argument)
+        with _without_collector():
+            for opcode, argument, at in pickletools.genops(source):  # type: ignore[arg-type]
+                position = at
+                machine.run(opcode.name, argument)
     except (ValueError, IndexError, KeyError, EOFError, TypeError, OverflowError) as error:
         place = "" if position is None else f" at byte {position}"
         raise FileError(
             f"{where}: the pickle inside is damaged or cut off{place} ({_short(error)}). Save or download it again."
         ) from error
     return machine.tree()
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Nodes are made by the million and none is garbage: to look through them for it takes longer than to make them."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _short(error: Exception) -> str:
@@ -81,9 +95,11 @@ def _short(error: Exception) -> str:
 class _Machine:
     """A pickle machine whose only results are nodes."""
 
-    def __init__(self, where: str, met: list[NameNode] | None = None) -> None:
+    def __init__(self, where: str, met: list[NameNode] | None = None, numbered: bool = False) -> None:
         self.where = where
         self.met = met
+        self.by_number = numbered
+        self.budget = Budget(where)
         self.stack: list[_Slot] = []
         self.memo: dict[int, Value] = {}
         self.names: list[NameNode] = []
@@ -97,6 +113,7 @@ class _Machine:
         return Tree(self.pop(), self.names, self.storages)
 
     def run(self, name: str, argument: object) -> None:
+        self.budget.opcode(argument)
         if name in _SCALARS:
             self.stack.append(argument)  # type: ignore[arg-type]
         elif name in _CONSTANTS:
@@ -256,9 +273,11 @@ class _Machine:
 
     def reduced(self, function: NameNode, args: list[Value]) -> Value:
         try:
-            return rebuilt(function, args)
+            made = rebuilt(function, args)
         except Refusal as refusal:
             return RefusedNode(function, str(refusal))
+        self.budget.call(made)
+        return made
 
     def new_object(self, _: object) -> None:
         cls, args = self.take(2)
@@ -312,6 +331,8 @@ class _Machine:
             if (known.dtype, known.entries) != (node.dtype, node.entries):
                 raise FileError(f"{self.where}: storage {node.key!r} is described in two ways. Save it again.")
         if isinstance(node, TensorNode) and isinstance(node.source, int):
+            if not self.by_number:
+                raise ValueError("a persistent id that torch does not write")
             # pickle does not remember what it wrote as a persistent id, but one tensor is one node
             node = self.numbered.setdefault(node.source, node)
         self.stack.append(node)

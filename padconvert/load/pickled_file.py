@@ -81,6 +81,11 @@ def _tensors(pickled: Pickled, table: TableNode, path: Path) -> tuple[dict[str, 
 
 
 def _tensor(pickled: Pickled, node: TensorNode) -> Tensor:
+    return pickled.storages.tensor(view_of(pickled, node))
+
+
+def view_of(pickled: Pickled, node: TensorNode) -> View:
+    """Where a tensor's values lie. Raises FileError where the file does not say."""
     if not isinstance(node.source, View):
         raise FileError(f"{pickled.storages.file.path}: a tensor without a storage. The file is damaged.")
-    return pickled.storages.tensor(node.source)
+    return node.source

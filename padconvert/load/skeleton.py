@@ -48,7 +48,7 @@ def skeleton_of(module: nn.Module, trust: Sequence[str] = ()) -> tuple[dict[str,
     except (pickle.PicklingError, TypeError, AttributeError, ValueError, RuntimeError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FileError(f"{_WHERE} cannot be pickled ({reason}).") from error
-    tree = parse(buffer.getvalue(), _WHERE)
+    tree = parse(buffer.getvalue(), _WHERE, numbered=True)
     check_names(tree.names, check_trust(trust), _WHERE)
     names, extra = _name_tensors(module, numbered.tensors)
     specs = _specs(names, numbered.tensors)

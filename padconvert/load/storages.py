@@ -18,6 +18,10 @@ from padconvert.load.reductions import DTYPE_BYTES
 
 # An expanded view (stride 0) may show more entries than are stored, up to this many.
 _MAX_EXPANDED = 1 << 24
+# Different views of the same bytes become tensors of their own, in memory and in the artefact: the most of that, and
+# how often all that is stored may be shown.
+_SPARE_BYTES = 1 << 28
+_MOST_SHOWN = 4
 _MAX_COUNT = 1 << 48
 _ALIGNMENT = 8  # of the widest dtype's parts
 _SMALL = 1 << 16
@@ -96,6 +100,8 @@ class Storages:
         self.file = file
         self.regions = regions
         self.made: dict[str, torch.UntypedStorage] = {}
+        self.shown: set[View] = set()
+        self.shown_bytes = 0
         self.intact = False
 
     def check(self, storages: dict[str, StorageNode]) -> None:
@@ -120,8 +126,21 @@ class Storages:
             storage = self.made[view.storage] = self.file.storage(self.regions[view.storage])
             if view.dtype == "bool":
                 self._check_bool(view.storage, storage)
-        check_view(view, self.regions[view.storage].size, str(self.file.path))
+        self.check_view(view)
         return torch.empty(0, dtype=torch_dtype(view.dtype)).set_(storage, view.offset, view.size, view.stride)
+
+    def check_view(self, view: View) -> None:
+        """Raises FileError where a view does not fit its storage, or the views until now show far more than is
+        stored. Equal ones count once."""
+        check_view(view, self.regions[view.storage].size, str(self.file.path))
+        if view not in self.shown:
+            self.shown.add(view)
+            self.shown_bytes += math.prod(view.size) * DTYPE_BYTES[view.dtype]
+        if self.shown_bytes > _SPARE_BYTES + _MOST_SHOWN * self.file.size:
+            raise FileError(
+                f"{self.file.path}: its tensors show the same bytes over and over, {self.shown_bytes} in all of a file "
+                f"of {self.file.size}. Save the model again with tensor.clone() for what is expanded or sliced."
+            )
 
     def _check_bool(self, key: str, storage: torch.UntypedStorage) -> None:
         """A truth value is one of two bytes; what torch does with others is undefined."""
