@@ -9,6 +9,7 @@ Legend of names: T tokens, J = top_k chosen experts, K experts, I inputs, O outp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from padconvert.layers.autocast import without_autocast
 from padconvert.layers.paths import aggregate, experts_in_place
+from padconvert.layers.paths.dispatch import Dispatch
 from padconvert.layers.paths.parts import reordered
 from padconvert.words import Granularity, Routing
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from padconvert.layers.linear import PadLinear
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Routed:
     """How the tokens of one call are routed. `lead` is the input's shape but for its last dimension.
 
@@ -35,6 +37,11 @@ class Routed:
     routing: Tensor
     gates_TJ: Tensor
     chosen_TJ: Tensor
+
+    @cached_property
+    def by_expert(self) -> Dispatch:
+        """The rows of the call, sorted when the first member asks."""
+        return Dispatch.of(self.chosen_TJ, self.routing.shape[-1])
 
 
 def routed(layer: PadLinear, x: Tensor) -> Routed:

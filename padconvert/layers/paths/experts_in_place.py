@@ -6,7 +6,7 @@ it has handed on. Legend of names as there; N rows of one expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,11 +38,11 @@ def widen(layer: PadLinearMember, x_TI: Tensor, call: Routed) -> Tensor:
     if static is not None:
         _linear_into(hidden[:, :n_static], x_TI, *static)
     if dynamic:
-        slots_TJO = hidden[:, n_static:].unflatten(1, (layer.top_k, dynamic))
         expert = _experts_of(layer, x_TI.dtype)
-        for k, token_N, slot_N in _by_expert(call, layer.num_experts):
-            out_NO = torch.nn.functional.linear(x_TI.index_select(0, token_N), *expert(k))
-            slots_TJO.index_put_((token_N, slot_N), out_NO)
+        runs, run_N = _runs(hidden, n_static, dynamic), _run_of(hidden, n_static, dynamic, call)
+        for k, rows in call.by_expert.chosen():
+            out_ND = torch.nn.functional.linear(x_TI.index_select(0, call.by_expert.token_N[rows]), *expert(k))
+            runs.index_copy_(0, run_N[rows], out_ND)
     return hidden
 
 
@@ -50,7 +50,7 @@ def narrow(layer: PadLinearMember, x_TH: Tensor, call: Routed) -> Tensor:
     """What `widen` gave, after pointwise operations → [T, O] in the mixing dtype."""
     if layer.granularity is not Granularity.NEURON:
         out_TO = call.gates_TJ.new_zeros(len(x_TH), layer.out_features)
-        return _add_weighed_(out_TO, layer, x_TH.unflatten(1, (layer.top_k, layer.in_features)), call)
+        return _add_chosen_(out_TO, layer, x_TH, 0, call)
     static_OS = layer.weight_static
     n_static = 0 if static_OS is None else static_OS.shape[1]
     bias_O = layer.expert_tensors("bias")[0].to(x_TH.dtype) if layer.has_bias else None
@@ -60,34 +60,45 @@ def narrow(layer: PadLinearMember, x_TH: Tensor, call: Routed) -> Tensor:
     else:
         weight_OS = _scaled(static_OS, layer.scales()[0], x_TH.dtype)
         out_TO = torch.nn.functional.linear(x_TH[:, :n_static], weight_OS, bias_O).to(call.gates_TJ.dtype)
-    if layer.weight_dynamic is None:
-        return out_TO
-    return _add_weighed_(out_TO, layer, x_TH[:, n_static:].unflatten(1, (layer.top_k, -1)), call)
+    return out_TO if layer.weight_dynamic is None else _add_chosen_(out_TO, layer, x_TH, n_static, call)
 
 
 def project(layer: PadLinear, x_TI: Tensor, call: Routed) -> Tensor:
     """A layer on its own: [T, I] → [T, O] in the mixing dtype."""
     out_TO = call.gates_TJ.new_zeros(len(x_TI), layer.out_features)
-    return _add_weighed_(out_TO, layer, x_TI[:, None].expand(-1, layer.top_k, -1), call)
+    return _add_weighed_(out_TO, layer, x_TI, call.by_expert.token_N, call)
 
 
-def _add_weighed_(out_TO: Tensor, layer: PadLinear, x_TJI: Tensor, call: Routed) -> Tensor:
-    """out += Σ_j π_j (W_j x_j + b_j)."""
-    expert = _experts_of(layer, x_TJI.dtype)
-    for k, token_N, slot_N in _by_expert(call, layer.num_experts):
-        out_NO = torch.nn.functional.linear(x_TJI[token_N, slot_N], *expert(k)).to(out_TO.dtype)
-        out_TO.index_add_(0, token_N, out_NO.mul_(call.gates_TJ[token_N, slot_N][:, None]))
+def _add_chosen_(out_TO: Tensor, layer: PadLinear, x_TH: Tensor, n_static: int, call: Routed) -> Tensor:
+    """out += Σ_j π_j (W_j x_j + b_j), where x_j is the j-th of the runs that a token has after its static units."""
+    x_TH = x_TH.contiguous()
+    dynamic = (x_TH.shape[1] - n_static) // layer.top_k
+    runs, run_N = _runs(x_TH, n_static, dynamic), _run_of(x_TH, n_static, dynamic, call)
+    return _add_weighed_(out_TO, layer, runs, run_N, call)
+
+
+def _add_weighed_(out_TO: Tensor, layer: PadLinear, given: Tensor, row_N: Tensor, call: Routed) -> Tensor:
+    """out += Σ_j π_j (W_j x_j + b_j), where the x_j are the rows of `given` that `row_N` names, by expert."""
+    expert = _experts_of(layer, given.dtype)
+    gates_N = call.gates_TJ.flatten().index_select(0, call.by_expert.order_N)[:, None]
+    for k, rows in call.by_expert.chosen():
+        out_NO = torch.nn.functional.linear(given.index_select(0, row_N[rows]), *expert(k)).to(out_TO.dtype)
+        out_TO.index_add_(0, call.by_expert.token_N[rows], out_NO.mul_(gates_N[rows]))
     return out_TO
 
 
-def _by_expert(call: Routed, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Of every expert that was chosen: its number, and token and choice of each of its rows."""
-    chosen_N = call.chosen_TJ.flatten()
-    choices = call.chosen_TJ.shape[1]
-    counts = torch.bincount(chosen_N, minlength=experts).tolist()
-    for k, rows_N in enumerate(chosen_N.argsort(stable=True).split(counts)):
-        if len(rows_N):
-            yield k, rows_N.div(choices, rounding_mode="floor"), rows_N.remainder(choices)
+def _runs(hidden_TH: Tensor, n_static: int, dynamic: int) -> Tensor:
+    """Every run of `dynamic` entries that the hidden state holds, by where it begins. Runs overlap; those of a token's
+    choices do not, and a copy of whole runs is several times as fast as one by token and choice."""
+    runs = max(hidden_TH.numel() - dynamic + 1, 0)
+    return hidden_TH.as_strided((runs, dynamic), (1, 1))
+
+
+def _run_of(hidden_TH: Tensor, n_static: int, dynamic: int, call: Routed) -> Tensor:
+    """Where the run of each row begins, by expert."""
+    rows = call.by_expert
+    choice_N = rows.order_N.remainder(rows.choices)
+    return rows.token_N * hidden_TH.shape[1] + n_static + choice_N * dynamic
 
 
 def _static_rows(layer: PadLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
