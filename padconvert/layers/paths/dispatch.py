@@ -51,10 +51,8 @@ class Dispatch:
         found: list[int] = self.counts_K.tolist()
         return found
 
-    def chosen(self) -> Iterator[tuple[int, slice]]:
-        """Every expert that was chosen, and which of the sorted rows are its."""
-        end = 0
-        for k, count in enumerate(self.counts):
-            begin, end = end, end + count
-            if count:
-                yield k, slice(begin, end)
+    def chosen(self, *sorted_N: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """Every expert that was chosen, and its part of each of `sorted_N` (sorted rows, or values of them)."""
+        for k, parts in enumerate(zip(*(value.split(self.counts) for value in sorted_N), strict=True)):
+            if self.counts[k]:
+                yield k, parts

@@ -39,10 +39,9 @@ def widen(layer: PadLinearMember, x_TI: Tensor, call: Routed) -> Tensor:
         _linear_into(hidden[:, :n_static], x_TI, *static)
     if dynamic:
         expert = _experts_of(layer, x_TI.dtype)
-        runs, run_N = _runs(hidden, n_static, dynamic), _run_of(hidden, n_static, dynamic, call)
-        for k, rows in call.by_expert.chosen():
-            out_ND = torch.nn.functional.linear(x_TI.index_select(0, call.by_expert.token_N[rows]), *expert(k))
-            runs.index_copy_(0, run_N[rows], out_ND)
+        runs, run_N = _runs(hidden, n_static, dynamic, call)
+        for k, (tokens, places) in call.by_expert.chosen(call.by_expert.token_N, run_N):
+            runs.index_copy_(0, places, torch.nn.functional.linear(x_TI.index_select(0, tokens), *expert(k)))
     return hidden
 
 
@@ -72,33 +71,31 @@ def project(layer: PadLinear, x_TI: Tensor, call: Routed) -> Tensor:
 def _add_chosen_(out_TO: Tensor, layer: PadLinear, x_TH: Tensor, n_static: int, call: Routed) -> Tensor:
     """out += Σ_j π_j (W_j x_j + b_j), where x_j is the j-th of the runs that a token has after its static units."""
     x_TH = x_TH.contiguous()
-    dynamic = (x_TH.shape[1] - n_static) // layer.top_k
-    runs, run_N = _runs(x_TH, n_static, dynamic), _run_of(x_TH, n_static, dynamic, call)
+    runs, run_N = _runs(x_TH, n_static, (x_TH.shape[1] - n_static) // layer.top_k, call)
     return _add_weighed_(out_TO, layer, runs, run_N, call)
 
 
 def _add_weighed_(out_TO: Tensor, layer: PadLinear, given: Tensor, row_N: Tensor, call: Routed) -> Tensor:
     """out += Σ_j π_j (W_j x_j + b_j), where the x_j are the rows of `given` that `row_N` names, by expert."""
-    expert = _experts_of(layer, given.dtype)
-    gates_N = call.gates_TJ.flatten().index_select(0, call.by_expert.order_N)[:, None]
-    for k, rows in call.by_expert.chosen():
-        out_NO = torch.nn.functional.linear(given.index_select(0, row_N[rows]), *expert(k)).to(out_TO.dtype)
-        out_TO.index_add_(0, call.by_expert.token_N[rows], out_NO.mul_(gates_N[rows]))
+    expert, by_expert = _experts_of(layer, given.dtype), call.by_expert
+    gates_N1 = call.gates_TJ.flatten().index_select(0, by_expert.order_N)[:, None]
+    for k, (rows, tokens, gates) in by_expert.chosen(row_N, by_expert.token_N, gates_N1):
+        out_NO = torch.nn.functional.linear(given.index_select(0, rows), *expert(k)).to(out_TO.dtype)
+        out_TO.index_add_(0, tokens, out_NO.mul_(gates))
     return out_TO
 
 
-def _runs(hidden_TH: Tensor, n_static: int, dynamic: int) -> Tensor:
-    """Every run of `dynamic` entries that the hidden state holds, by where it begins. Runs overlap; those of a token's
-    choices do not, and a copy of whole runs is several times as fast as one by token and choice."""
-    runs = max(hidden_TH.numel() - dynamic + 1, 0)
-    return hidden_TH.as_strided((runs, dynamic), (1, 1))
+def _runs(hidden_TH: Tensor, n_static: int, dynamic: int, call: Routed) -> tuple[Tensor, Tensor]:
+    """Every run of `dynamic` entries in the hidden state, by where it begins; and which of them the sorted rows are.
 
-
-def _run_of(hidden_TH: Tensor, n_static: int, dynamic: int, call: Routed) -> Tensor:
-    """Where the run of each row begins, by expert."""
+    Runs overlap, those of the rows do not. A copy of whole runs is several times as fast as one by token and choice.
+    """
+    begins = max(hidden_TH.numel() - dynamic + 1, 0)
     rows = call.by_expert
-    choice_N = rows.order_N.remainder(rows.choices)
-    return rows.token_N * hidden_TH.shape[1] + n_static + choice_N * dynamic
+    choice_N = rows.order_N - rows.token_N * rows.choices
+    return hidden_TH.as_strided((begins, dynamic), (1, 1)), (
+        rows.token_N * hidden_TH.shape[1] + choice_N * dynamic + n_static
+    )
 
 
 def _static_rows(layer: PadLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
@@ -123,12 +120,10 @@ def _experts_of(layer: PadLinear, dtype: torch.dtype) -> Expert:
         weight_of = _rewritten(layer, "weight", dtype)
         bias_of = _rewritten(layer, "bias", dtype) if layer.has_bias else None
         return lambda k: (weight_of(k), None if bias_of is None else bias_of(k))
-    weight_KOI, bias_KO, scale = layer.weight_dynamic, layer.bias_dynamic, layer.scales()[1]
-    assert weight_KOI is not None
-    return lambda k: (
-        _scaled(weight_KOI[k], scale, dtype),
-        None if bias_KO is None else _scaled(bias_KO[k], scale, dtype),
-    )
+    assert layer.weight_dynamic is not None
+    weights, scale = layer.weight_dynamic.unbind(), layer.scales()[1]
+    biases = None if layer.bias_dynamic is None else layer.bias_dynamic.unbind()
+    return lambda k: (_scaled(weights[k], scale, dtype), None if biases is None else _scaled(biases[k], scale, dtype))
 
 
 def _rewritten(layer: PadLinear, part: str, dtype: torch.dtype) -> Callable[[int], Tensor]:
