@@ -39,9 +39,13 @@ def widen(layer: PadLinearMember, x_TI: Tensor, call: Routed) -> Tensor:
         _linear_into(hidden[:, :n_static], x_TI, *static)
     if dynamic:
         expert = _experts_of(layer, x_TI.dtype)
-        runs, run_N = _runs(hidden, n_static, dynamic, call)
-        for k, (tokens, places) in call.by_expert.chosen(call.by_expert.token_N, run_N):
-            runs.index_copy_(0, places, torch.nn.functional.linear(x_TI.index_select(0, tokens), *expert(k)))
+        rows = call.by_expert
+        out_ND = x_TI.new_empty(len(rows.order_N), dynamic)
+        for k, (given, out) in rows.chosen(x_TI.index_select(0, rows.token_N), out_ND):
+            _linear_into(out, given, *expert(k))
+        slots, places_TJ = hidden[:, n_static:].split(dynamic, 1), rows.inverse_N.unflatten(0, (-1, rows.choices))
+        for slot, place_T in zip(slots, places_TJ.unbind(1), strict=True):
+            torch.index_select(out_ND, 0, place_T, out=slot)
     return hidden
 
 
