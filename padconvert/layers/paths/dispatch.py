@@ -16,19 +16,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Dispatch:
-    """The rows of one call, those of the first expert first. What is derived is computed once, where it is asked for:
-    on a GPU only `counts` waits for the device."""
+    """The rows of one call, those of the first expert first: which they are, and whose. What is derived of them is
+    computed where it is first asked for; on a GPU only `counts` waits for the device.
+    """
 
     order_N: Tensor
+    expert_N: Tensor
     counts_K: Tensor
     choices: int
 
     @staticmethod
     def of(chosen_TJ: Tensor, experts: int) -> Dispatch:
         chosen_N = chosen_TJ.flatten()
-        return Dispatch(
-            chosen_N.argsort(stable=True), torch.bincount(chosen_N, minlength=experts), chosen_TJ.shape[1]
-        )
+        expert_N, order_N = chosen_N.sort(stable=True)
+        return Dispatch(order_N, expert_N, torch.bincount(chosen_N, minlength=experts), chosen_TJ.shape[1])
 
     @cached_property
     def inverse_N(self) -> Tensor:

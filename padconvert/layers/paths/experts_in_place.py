@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from padconvert.layers.paths import grouped
+from padconvert.layers.paths.parts import scaled
 from padconvert.words import Granularity
 
 if TYPE_CHECKING:
@@ -24,9 +26,9 @@ Expert = Callable[[int], tuple[Tensor, Tensor | None]]
 
 
 def possible(x: Tensor) -> bool:
-    """Whether nothing differentiates, traces or casts this call."""
+    """Whether nothing differentiates, traces or casts this call, and no grouped product serves it better."""
     tracing = torch.compiler.is_exporting() or torch.compiler.is_compiling()
-    return not (torch.is_grad_enabled() or tracing or torch.is_autocast_enabled(x.device.type))
+    return not (torch.is_grad_enabled() or tracing or torch.is_autocast_enabled(x.device.type) or grouped.serves(x))
 
 
 def widen(layer: PadLinearMember, x_TI: Tensor, call: Routed) -> Tensor:
@@ -61,7 +63,7 @@ def narrow(layer: PadLinearMember, x_TH: Tensor, call: Routed) -> Tensor:
         out_TO = call.gates_TJ.new_zeros(len(x_TH), layer.out_features)
         out_TO = out_TO if bias_O is None else out_TO + bias_O
     else:
-        weight_OS = _scaled(static_OS, layer.scales()[0], x_TH.dtype)
+        weight_OS = scaled(static_OS, layer.scales()[0], x_TH.dtype)
         out_TO = torch.nn.functional.linear(x_TH[:, :n_static], weight_OS, bias_O).to(call.gates_TJ.dtype)
     return out_TO if layer.weight_dynamic is None else _add_chosen_(out_TO, layer, x_TH, n_static, call)
 
@@ -107,8 +109,8 @@ def _static_rows(layer: PadLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor |
     if layer.granularity is not Granularity.NEURON or layer.weight_static is None:
         return None
     scale = layer.scales()[0]
-    bias = None if layer.bias_static is None else _scaled(layer.bias_static, scale, dtype)
-    return _scaled(layer.weight_static, scale, dtype), bias
+    bias = None if layer.bias_static is None else scaled(layer.bias_static, scale, dtype)
+    return scaled(layer.weight_static, scale, dtype), bias
 
 
 def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -127,7 +129,7 @@ def _experts_of(layer: PadLinear, dtype: torch.dtype) -> Expert:
     assert layer.weight_dynamic is not None
     weights, scale = layer.weight_dynamic.unbind(), layer.scales()[1]
     biases = None if layer.bias_dynamic is None else layer.bias_dynamic.unbind()
-    return lambda k: (_scaled(weights[k], scale, dtype), None if biases is None else _scaled(biases[k], scale, dtype))
+    return lambda k: (scaled(weights[k], scale, dtype), None if biases is None else scaled(biases[k], scale, dtype))
 
 
 def _rewritten(layer: PadLinear, part: str, dtype: torch.dtype) -> Callable[[int], Tensor]:
@@ -138,19 +140,12 @@ def _rewritten(layer: PadLinear, part: str, dtype: torch.dtype) -> Callable[[int
     stored = static if static is not None else dynamic
     flat_US = stored.new_empty(view.units, view.size, dtype=dtype)
     if static is not None:
-        flat_US.index_copy_(0, units.static, _scaled(view.cut_packed(static), static_scale, dtype))
+        flat_US.index_copy_(0, units.static, scaled(view.cut_packed(static), static_scale, dtype))
     full = view.as_full(flat_US)
 
     def write(k: int) -> Tensor:
         if dynamic is not None:
-            flat_US.index_copy_(0, units.dynamic, _scaled(view.cut_packed(dynamic[k]), dynamic_scale, dtype))
+            flat_US.index_copy_(0, units.dynamic, scaled(view.cut_packed(dynamic[k]), dynamic_scale, dtype))
         return full
 
     return write
-
-
-def _scaled(value: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
-    """λ · value; the stored value itself where λ is folded in."""
-    if isinstance(scale, float):
-        return value.to(dtype)
-    return (value.to(scale.dtype) * scale).to(dtype)
