@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from padconvert.layers.collecting import collecting
 from padconvert.layers.ffn import PadLinearMember, join_groups_
 from padconvert.layers.linear import PadLinear
 from padconvert.layers.padding import attending, ignore_padding_, watch_padding_
+from padconvert.layers.paths import grouped
 from padconvert.layers.routers import router_class
 from padconvert.partition.evidence import cuts_of, measure
 from padconvert.partition.scores import score_named
@@ -182,6 +184,50 @@ def test_inference_writes_in_place_what_autograd_computes(
         with torch.no_grad():
             torch.testing.assert_close(model(x), expected, atol=1e-12, rtol=0)
             assert model(x[:0]).shape == x[:0].shape
+
+
+def test_a_hidden_state_in_another_layout_or_with_room_before_it_is_read_alike() -> None:
+    """Inference reads runs of its memory: wherever it begins, and however a pointwise operation left it."""
+    model, x = as_experts(Ffn(gated=False).double(), Granularity.NEURON, 2, Routing.TOKEN).eval(), inputs()
+    make_unequal_(model)
+    partition_(model)
+    expected = model(x).detach()
+    with torch.no_grad():
+        for moved in (
+            lambda h: torch.cat([h * 0 + 7, h])[len(h) :],
+            lambda h: h.transpose(0, 2).contiguous().transpose(0, 2),
+        ):
+            hidden = functional.gelu(model.up(x))
+            assert moved(hidden).storage_offset() or not moved(hidden).is_contiguous()
+            torch.testing.assert_close(model.down(moved(hidden)), expected, atol=1e-12, rtol=0)
+
+
+def test_a_grouped_product_takes_the_experts_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way that a GPU takes, without its kernel: forward and backward, with and without autograd."""
+    model = as_experts(Ffn(gated=True), Granularity.ELEMENT, 2, Routing.TOKEN).eval()
+    make_unequal_(model)
+    x = inputs().float()
+    expected = model(x)
+    expected.square().sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    calls: list[int] = []
+    monkeypatch.setattr(grouped, "serves", lambda _: True)
+    monkeypatch.setattr(grouped, "suits", lambda _: True)
+
+    def counted(*given: Any) -> Tensor:
+        calls.append(1)
+        return grouped.linear_by_loop(*given)  # the kernel does not take rows as short as these
+
+    monkeypatch.setattr(grouped, "linear", counted)
+    out = model(x)
+    out.square().sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected.detach())
+    assert len(calls) == 6
+    torch.testing.assert_close(out, expected)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-4, rtol=1e-4)
 
 
 def test_a_neuron_block_stores_its_units_once_and_columns_of_its_last_layer() -> None:

@@ -9,14 +9,16 @@ Legend of names: T tokens, J = top_k chosen experts, K experts, I inputs, O outp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from padconvert.layers.autocast import without_autocast
-from padconvert.layers.paths import aggregate, experts_in_place
-from padconvert.layers.paths.parts import reordered
+from padconvert.layers.paths import aggregate, experts_in_place, grouped
+from padconvert.layers.paths.dispatch import Dispatch
+from padconvert.layers.paths.parts import reordered, scaled
 from padconvert.words import Granularity, Routing
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from padconvert.layers.linear import PadLinear
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Routed:
     """How the tokens of one call are routed. `lead` is the input's shape but for its last dimension.
 
@@ -35,6 +37,11 @@ class Routed:
     routing: Tensor
     gates_TJ: Tensor
     chosen_TJ: Tensor
+
+    @cached_property
+    def by_expert(self) -> Dispatch:
+        """The rows of the call, sorted when the first member asks."""
+        return Dispatch.of(self.chosen_TJ, self.routing.shape[-1])
 
 
 def routed(layer: PadLinear, x: Tensor) -> Routed:
@@ -101,28 +108,29 @@ def narrow(layer: PadLinearMember, x: Tensor, call: Routed) -> Tensor:
 
 def _narrow_neurons(layer: PadLinearMember, x_TH: Tensor, call: Routed) -> Tensor:
     """Σ_j π_j D_j h_j over the dynamic units, and once the static ones and the bias: [T, O] in the mixing dtype."""
-    static_SO, dynamic_KDO = layer.cut_part("weight")
-    n_static = 0 if static_SO is None else len(static_SO)
+    n_static = 0 if layer.weight_static is None else layer.weight_static.shape[1]
+    # their gradients are joined once, where those of two slices would be added up
+    static_TS, dynamic_TH = x_TH.split([n_static, x_TH.shape[1] - n_static], 1)
     out_TO = x_TH.new_zeros(x_TH.shape[0], layer.out_features)
-    if static_SO is not None:
-        out_TO = x_TH[:, :n_static] @ static_SO.to(x_TH.dtype)
+    if layer.weight_static is not None:
+        out_TO = static_TS @ scaled(layer.weight_static, layer.scales()[0], x_TH.dtype).t()
     if layer.has_bias:
         out_TO = out_TO + layer.expert_tensors("bias")[0].to(x_TH.dtype)
-    if dynamic_KDO is None:
+    if layer.weight_dynamic is None:
         return out_TO
-    x_TJD = x_TH[:, n_static:].reshape(x_TH.shape[0], layer.top_k, -1)
-    mixed_TO = _weighed_choice(x_TJD, dynamic_KDO.transpose(1, 2).to(x_TH.dtype), None, call)
+    x_TJD = dynamic_TH.reshape(x_TH.shape[0], layer.top_k, -1)
+    weight_KOD = scaled(layer.weight_dynamic, layer.scales()[1], x_TH.dtype)
+    mixed_TO = _weighed_choice(x_TJD, weight_KOD, None, call)
     return out_TO.to(mixed_TO.dtype) + mixed_TO
 
 
 def _cut(layer: PadLinear, which: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
     """The static or the dynamic rows and their bias; None where there are none."""
-    at = 0 if which == "static" else 1
-    weight = layer.cut_part("weight")[at]
+    weight, bias = getattr(layer, f"weight_{which}"), getattr(layer, f"bias_{which}")
     if weight is None:
         return None
-    bias = layer.cut_part("bias")[at] if layer.has_bias else None
-    return weight.to(dtype), None if bias is None else bias[..., 0].to(dtype)
+    scale = layer.scales()[0 if which == "static" else 1]
+    return scaled(weight, scale, dtype), None if bias is None else scaled(bias, scale, dtype)
 
 
 def _experts(layer: PadLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -140,9 +148,8 @@ def _every_choice(x_TI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None, call
         out_TKO = torch.einsum("ti,koi->tko", x_TI, weight_KOI)
         out_TKO = out_TKO if bias_KO is None else out_TKO + bias_KO
         return out_TKO.gather(1, call.chosen_TJ[..., None].expand(-1, -1, out_TKO.shape[-1]))
-    tokens, choices = call.chosen_TJ.shape
-    rows_NI = x_TI[:, None].expand(-1, choices, -1).reshape(tokens * choices, -1)
-    return _by_expert(rows_NI, weight_KOI, bias_KO, call.chosen_TJ.flatten()).reshape(tokens, choices, -1)
+    rows_NI = x_TI[:, None].expand(-1, call.chosen_TJ.shape[1], -1).flatten(0, 1)
+    return _by_expert(rows_NI, weight_KOI, bias_KO, call.by_expert).reshape(*call.chosen_TJ.shape, -1)
 
 
 def _weighed_choice(x_TJI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None, call: Routed) -> Tensor:
@@ -153,7 +160,7 @@ def _weighed_choice(x_TJI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None, c
         mixed_TO = torch.einsum("tki,koi->to", gated_TKI, weight_KOI.to(gated_TKI.dtype))
         return mixed_TO if bias_KO is None else mixed_TO + call.routing @ bias_KO.to(mixed_TO.dtype)
     rows_NI = x_TJI.flatten(0, 1)
-    out_NO = _by_expert(rows_NI, weight_KOI, bias_KO, call.chosen_TJ.flatten())
+    out_NO = _by_expert(rows_NI, weight_KOI, bias_KO, call.by_expert)
     return _weighed(out_NO.reshape(*call.chosen_TJ.shape, -1), call)
 
 
@@ -163,14 +170,9 @@ def _weighed(out_TJO: Tensor, call: Routed) -> Tensor:
         return (call.gates_TJ[..., None] * out_TJO.to(call.gates_TJ.dtype)).sum(1)
 
 
-def _by_expert(rows_NI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None, expert_N: Tensor) -> Tensor:
+def _by_expert(rows_NI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None, rows: Dispatch) -> Tensor:
     """Each row by its own expert: [N, I] → [N, O]. Rows are sorted by expert, so each expert is called once."""
-    order_N = expert_N.argsort(stable=True)
-    inverse_N = order_N.argsort()
-    counts = torch.bincount(expert_N, minlength=len(weight_KOI)).tolist()
-    pieces = reordered(rows_NI, order_N, inverse_N, 0).split(counts)
-    # taken apart once: the gradient of `weight_KOI[k]` would be a whole [K, O, I] for every k
-    biases = [None] * len(weight_KOI) if bias_KO is None else list(bias_KO.unbind())
-    experts = zip(pieces, weight_KOI.unbind(), biases, strict=True)
-    outs = [torch.nn.functional.linear(piece, weight, bias) for piece, weight, bias in experts]
-    return reordered(torch.cat(outs), inverse_N, order_N, 0)
+    sorted_NI = reordered(rows_NI, rows.order_N, rows.inverse_N, 0)
+    at_once = grouped.serves(sorted_NI) and grouped.suits(weight_KOI)
+    product = grouped.linear if at_once else grouped.linear_by_loop
+    return reordered(product(sorted_NI, weight_KOI, bias_KO, rows), rows.inverse_N, rows.order_N, 0)

@@ -34,6 +34,13 @@ def dynamic_part(layer: PadLayer, part: str) -> Tensor | None:
     return None if dynamic is None else layer.view(part).cut_packed(dynamic).to(layer.mixing_dtype)
 
 
+def scaled(value: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """λ · value; the stored value itself where λ is folded in."""
+    if isinstance(scale, float):
+        return value.to(dtype)
+    return (value.to(scale.dtype) * scale).to(dtype)
+
+
 def mix(layer: PadLayer, dynamic_KDS: Tensor, routing_BK: Tensor) -> Tensor:
     """λ_d Σ_k π_k(b) D_k for every sample, [B, D, S] in the mixing dtype."""
     share_BK = routing_BK.to(dynamic_KDS.dtype)
