@@ -90,6 +90,7 @@ class Reason(StrEnum):
     WEIGHT_READ_BY_PARENT = "weight_read_by_parent", "its parent reads the weight instead of calling the layer"
     UNSUPPORTED_DTYPE = "unsupported_dtype", "its weight is not a real floating-point tensor"
     META_WEIGHT = "meta_weight", "its weight holds no values (meta device)"
+    BEYOND_NETWORKS = "beyond_networks", "its stride, dilation or padding is beyond what an artefact may state"
     NOT_CALLED = "not_called", "the model's forward never calls it"
     ALREADY_DYNAMIC = "already_dynamic", "it is dynamic already"
     FFN_NOT_PROVEN = "ffn_not_proven", "not proven that only pointwise operations stand within its feed-forward block"

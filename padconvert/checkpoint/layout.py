@@ -13,18 +13,13 @@ from itertools import chain
 from padconvert.checkpoint.header import Header, quote
 from padconvert.checkpoint.manifest import LayerEntry, Manifest
 from padconvert.errors import FileError
-from padconvert.layers.facts import LayerFacts
+from padconvert.layers.facts import LayerFacts, beyond_networks
 from padconvert.words import Granularity, Kind, Place, Routing
 
 Spec = tuple[str, tuple[int, ...]]
 
 _RANK = {Kind.CONV1D: 3, Kind.CONV2D: 4, Kind.CONV3D: 5, Kind.LINEAR: 2}
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
-#: beyond any network's, by the number of spatial dimensions; padding past what the kernel spans reads zeros alone, so
-#: it may do so by little
-MOST_STEPS = 65_536
-MOST_DILATION = {1: 65_536, 2: 256, 3: 256}
-SPARE_PADDING = 64
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -132,18 +127,9 @@ def _faults(facts: LayerFacts) -> Iterator[str]:
         if isinstance(value, str) or len(value) != spatial or min(value, default=least) < least:
             yield f"{name} {value!r:.60} is none of a {facts.kind}"
             return
-    yield from _reach_faults(facts, spatial)
-
-
-def _reach_faults(facts: LayerFacts, spatial: int) -> Iterator[str]:
-    """What a convolution would allocate or skip beyond any network's."""
-    if max(facts.stride, default=1) > MOST_STEPS or max(facts.dilation, default=1) > MOST_DILATION.get(spatial, 1):
-        yield f"stride {facts.stride!r:.60} and dilation {facts.dilation!r:.60}, which no network has"
-    if isinstance(facts.padding, str):
-        return
-    for padding, step, width in zip(facts.padding, facts.dilation, facts.weight_shape[2:], strict=True):
-        if padding > step * (width - 1) + SPARE_PADDING:
-            yield f"padding {facts.padding!r:.60} reaches far past its kernel"
+    beyond = beyond_networks(facts.weight_shape[2:], facts.stride, facts.padding, facts.dilation)
+    if beyond:
+        yield beyond
 
 
 def _bias_faults(facts: LayerFacts) -> Iterator[str]:

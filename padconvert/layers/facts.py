@@ -9,6 +9,25 @@ from padconvert.words import Granularity, Kind, Place, Routing
 #: what a convolution's call needs beside its weights
 CALL_OPTIONS = ("stride", "padding", "dilation", "groups", "padding_mode")
 
+#: beyond any network's, by the number of spatial dimensions; padding past what the kernel spans reads zeros alone, so
+#: it may do so by little
+MOST_STEPS = 65_536
+MOST_DILATION = {1: 65_536, 2: 256, 3: 256}
+SPARE_PADDING = 64
+
+
+def beyond_networks(
+    kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...] | str, dilation: tuple[int, ...]
+) -> str:
+    """What of a convolution's call would allocate or skip more than any network does; "" for nothing."""
+    if max(stride, default=1) > MOST_STEPS or max(dilation, default=1) > MOST_DILATION.get(len(kernel), 1):
+        return f"stride {stride!r:.60} and dilation {dilation!r:.60}, which no network has"
+    if isinstance(padding, str):
+        return ""
+    spans = [step * (width - 1) for step, width in zip(dilation, kernel, strict=True)]
+    reaches = any(each > span + SPARE_PADDING for each, span in zip(padding, spans, strict=True))
+    return f"padding {padding!r:.60} reaches far past its kernel" if reaches else ""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerFacts:

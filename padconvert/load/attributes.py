@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from padconvert.checkpoint.layout import MOST_DILATION, MOST_STEPS, SPARE_PADDING
 from padconvert.errors import FileError, printable
+from padconvert.layers.facts import MOST_DILATION, MOST_STEPS, SPARE_PADDING
 
 # Beyond any network's.
 _SIDE = 1_024

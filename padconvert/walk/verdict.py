@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from padconvert.layers.facts import beyond_networks
 from padconvert.walk.found import Found, conv1d_base
 from padconvert.words import Kind, Reason
 
@@ -84,6 +85,10 @@ def _judge_alone(layer: Found) -> tuple[Reason, str]:
         return Reason.UNSUPPORTED_DTYPE, str(weight.dtype).removeprefix("torch.")
     if weight.is_meta:
         return Reason.META_WEIGHT, ""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        beyond = beyond_networks(module.kernel_size, module.stride, module.padding, module.dilation)
+        if beyond:
+            return Reason.BEYOND_NETWORKS, beyond
     return Reason.ELIGIBLE, ""
 
 
