@@ -142,7 +142,7 @@ def test_each_case_has_the_paths_it_should() -> None:
         with torch.no_grad():
             return {name for name, why in able(case_of(pad, torch.randn(2, *shape))).items() if not why}
 
-    everywhere = {"aggregate", "loop", "buffer", "mix"}
+    everywhere = {"aggregate", "loop", "buffer", "mix", "pieces"}
     assert names("plain", Granularity.CHANNEL) == everywhere | {"rows", "rows_grouped", "unfold"}
     assert names("plain", Granularity.ELEMENT) == everywhere | {"unfold"}
     assert names("pointwise", Granularity.ELEMENT) == everywhere | {"unfold", "matmul", "buffer_matmul"}
@@ -395,7 +395,7 @@ def test_the_environment_forces_a_path(name: str, monkeypatch: pytest.MonkeyPatc
 def test_an_unknown_path_is_an_error_with_the_names(monkeypatch: pytest.MonkeyPatch) -> None:
     forced(monkeypatch, "bufer")
     pad = made_unequal(nn.Conv2d(6, 8, 1), Granularity.CHANNEL)
-    with pytest.raises(UsageError, match=r"PADCONVERT_PATH=bufer.*aggregate, buffer, buffer_matmul, loop.*mix"):
+    with pytest.raises(UsageError, match=r"PADCONVERT_PATH=bufer.*aggregate, buffer, buffer_matmul, pieces, loop.*mix"):
         pad(torch.randn(2, 6, 5, 5))
 
 
