@@ -38,18 +38,26 @@ def convolve(layer: PadConv, x: Tensor) -> Tensor:
     """[B, C, *spatial] → [B, O, *spatial']."""
     routing_BK, dtype = layer.route(x), compute_dtype(x)
     bias_BO = mixed(layer, "bias", routing_BK).to(dtype) if layer.has_bias else None
-    wide, padding = padded(layer, x.to(dtype))
-    assert not isinstance(padding, str)
-    call = Call(layer.weight_shape, layer.stride, padding, layer.dilation, layer.groups)
-    with without_autocast(x):
-        return piecewise(call, wide.contiguous(), bias_BO, _weights(layer, routing_BK))
-
-
-def _weights(layer: PadConv, routing_BK: Tensor) -> Weights:
     if layer.view("weight").by_entry:
         # mixing an entry costs less than bringing it to its place: experts are whole
-        return Weights(routing_BK, layer.expert_tensors("weight").flatten(2), None, None, None)
-    share_BK = routing_BK if layer.scale_logit is None else routing_BK * layer.scales()[1]
-    experts_KDS, static_NS, units = dynamic_part(layer, "weight"), static_part(layer, "weight"), layer.units("weight")
+        weights = Weights(routing_BK, layer.expert_tensors("weight").flatten(2), None, None, None)
+    else:
+        units = layer.units("weight")
+        weights = Weights(*shared_experts(layer, routing_BK), static_part(layer, "weight"), units.dynamic, units.static)
+    return in_pieces(layer, x.to(dtype), weights, bias_BO)
+
+
+def shared_experts(layer: PadConv, routing_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """The experts' shares [B, K] and their rows [K, D, S], one of them with the scale."""
+    experts_KDS = dynamic_part(layer, "weight")
     assert experts_KDS is not None
-    return Weights(share_BK, experts_KDS, static_NS, units.dynamic, units.static)
+    return routing_BK if layer.scale_logit is None else routing_BK * layer.scales()[1], experts_KDS
+
+
+def in_pieces(layer: PadConv, x: Tensor, weights: Weights, bias_BO: Tensor | None) -> Tensor:
+    """[B, C, *spatial] → [B, O, *spatial'], each sample by its own weight and bias."""
+    wide, padding = padded(layer, x)
+    assert not isinstance(padding, str)
+    call = Call(layer.weight_shape[1:], layer.stride, padding, layer.dilation, layer.groups)
+    with without_autocast(x):
+        return piecewise(call, wide.contiguous(), bias_BO, weights)

@@ -28,7 +28,7 @@ Found = tuple[Tensor | None, ...]
 class Call:
     """A convolution of every sample with a weight of its own, as one with a group for every sample."""
 
-    weight_shape: tuple[int, ...]
+    row: Sequence[int]  # the shape of a weight's row
     stride: Sequence[int]
     padding: Sequence[int]
     dilation: Sequence[int]
@@ -48,7 +48,7 @@ class Call:
         return [each.view(shape) if asked else None for each, shape, asked in zip(found, shapes, mask, strict=True)]
 
     def _together(self, x: Tensor, weight_POS: Tensor) -> tuple[Tensor, Tensor]:
-        return x.reshape(1, -1, *x.shape[2:]), weight_POS.reshape(-1, *self.weight_shape[1:])
+        return x.reshape(1, -1, *x.shape[2:]), weight_POS.reshape(-1, *self.row)
 
     def _options(self, samples: int) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, False, [0] * len(self.stride), samples * self.groups
@@ -134,45 +134,55 @@ class _Piecewise(torch.autograd.Function):
     def forward(ctx: Any, call: Call, x: Tensor, bias_BO: Tensor | None, *parts: Any) -> Tensor:
         ctx.save_for_backward(x, bias_BO, *parts)
         ctx.call = call
-        out: Tensor | None = None
+        whole = _Whole(len(x))
         for piece, weight_POS in Weights(*parts).pieces():
-            some = call.forward(x[piece], weight_POS.to(x.dtype), None if bias_BO is None else bias_BO[piece])
-            if len(some) == len(x):
-                return some
-            out = some.new_empty(len(x), *some.shape[1:]) if out is None else out
-            out[piece] = some
-        assert out is not None
-        return out
+            bias_PO = None if bias_BO is None else bias_BO[piece]
+            whole.put(piece, call.forward(x[piece], weight_POS.to(x.dtype), bias_PO))
+        assert whole.value is not None
+        return whole.value
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Found:
         with without_autocast(gradient):
-            if torch.is_grad_enabled():
-                return _backward_again(ctx, gradient)
-            return _backward(ctx, gradient)
+            return (_backward_again if torch.is_grad_enabled() else _backward)(ctx, gradient)
+
+
+class _Whole:
+    """A batch [B, …], put together of its pieces; of a single one without a copy. None where no piece had a value."""
+
+    def __init__(self, batch: int) -> None:
+        self._batch = batch
+        self.value: Tensor | None = None
+
+    def put(self, piece: slice, some: Tensor | None) -> None:
+        if some is None:
+            return
+        if len(some) == self._batch:
+            self.value = some
+            return
+        if self.value is None:
+            self.value = some.new_empty(self._batch, *some.shape[1:])
+        self.value[piece] = some
 
 
 def _backward(ctx: Any, gradient: Tensor) -> Found:
     x, bias_BO, *parts = ctx.saved_tensors
-    weights, wanted = Weights(*parts), ctx.needs_input_grad
-    mask = (wanted[1], any(wanted[3:]), wanted[2])
-    found, input_, bias = _Gradients(weights), torch.empty_like(x), None if bias_BO is None else torch.empty_like(bias_BO)
+    _, of_x, of_bias, *of_parts = ctx.needs_input_grad
+    weights, mask = Weights(*parts), (of_x, any(of_parts), of_bias)
+    gathered, input_, bias = _Gradients(weights), _Whole(len(x)), _Whole(len(x))
     for piece, weight_POS in weights.pieces():
-        got = ctx.call.backward(gradient[piece], x[piece], weight_POS.to(x.dtype), mask)
-        if got[0] is not None:
-            input_[piece] = got[0]
-        if got[1] is not None:
-            found.add(piece, got[1].to(weight_POS.dtype))
-        if got[2] is not None and bias is not None:
-            bias[piece] = got[2]
-    return None, input_ if mask[0] else None, bias, *(found.found() if mask[1] else (None,) * len(parts))
+        found = ctx.call.backward(gradient[piece], x[piece], weight_POS.to(x.dtype), mask)
+        input_.put(piece, found[0])
+        bias.put(piece, found[2])
+        if found[1] is not None:
+            gathered.add(piece, found[1].to(weight_POS.dtype))
+    return None, input_.value, bias.value, *(gathered.found() if mask[1] else (None,) * len(parts))
 
 
 def _backward_again(ctx: Any, gradient: Tensor) -> Found:
     """The same by a plain computation, whose gradient can be differentiated."""
     x, bias_BO, *parts = ctx.saved_tensors
     out = ctx.call.forward(x, Weights(*parts).at_once().to(x.dtype), bias_BO)
-    given = (None, x, bias_BO, *parts)
-    wanted = [each for each, asked in zip(given, ctx.needs_input_grad, strict=True) if asked and each is not None]
-    found = iter(torch.autograd.grad(out, wanted, gradient, create_graph=True, allow_unused=True))
+    wanted = [v for v, asked in zip((None, x, bias_BO, *parts), ctx.needs_input_grad, strict=True) if asked]
+    found = iter(torch.autograd.grad(out, wanted, gradient, create_graph=True))
     return tuple(next(found) if asked else None for asked in ctx.needs_input_grad)
