@@ -19,8 +19,17 @@ from torch import Tensor
 
 from padconvert.errors import UsageError
 from padconvert.layers.paths import (
-    aggregate, buffer, buffer_matmul, loop, matmul, mix, pieces, rows, rows_grouped, unfold,
-)  # fmt: skip
+    aggregate,
+    buffer,
+    buffer_matmul,
+    loop,
+    matmul,
+    mix,
+    pieces,
+    rows,
+    rows_grouped,
+    unfold,
+)
 from padconvert.layers.paths.case import Case, case_of, is_plain
 from padconvert.layers.paths.cost import machine_of
 

@@ -91,7 +91,7 @@ class Weights:
 
     def at_once(self) -> Tensor:
         """All of them, [B, O, S], differentiable."""
-        mixed_BDS = (self.share_BK @ self.experts_KDS.flatten(1)).unflatten(1, self.experts_KDS.shape[1:])
+        mixed_BDS: Tensor = (self.share_BK @ self.experts_KDS.flatten(1)).unflatten(1, self.experts_KDS.shape[1:])
         if self.static_NS is None or self.static_rows is None or self.dynamic_rows is None:
             return mixed_BDS
         static_BNS = self.static_NS.expand(len(mixed_BDS), -1, -1)
@@ -110,7 +110,7 @@ class _Gradients:
     def add(self, piece: slice, weight_POS: Tensor) -> None:
         """`weight_POS` is the gradient of a piece's weights."""
         dynamic_PDS = weight_POS
-        if self._of.static_NS is not None:
+        if self._of.static_NS is not None and self._of.dynamic_rows is not None:
             summed_OS = weight_POS.sum(0)
             self._rows_OS = summed_OS if self._rows_OS is None else self._rows_OS.add_(summed_OS)
             dynamic_PDS = weight_POS.index_select(1, self._of.dynamic_rows)
@@ -119,7 +119,9 @@ class _Gradients:
         torch.mm(dynamic_PF, self._of.experts_KDS.flatten(1).t(), out=self._share_BK[piece])
 
     def found(self) -> Found:
-        static_NS = None if self._rows_OS is None else self._rows_OS.index_select(0, self._of.static_rows)
+        static_NS = None
+        if self._rows_OS is not None and self._of.static_rows is not None:
+            static_NS = self._rows_OS.index_select(0, self._of.static_rows)
         return self._share_BK, self._experts_KF.view_as(self._of.experts_KDS), static_NS, None, None
 
 
@@ -166,7 +168,7 @@ class _Whole:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> Found:
-    x, bias_BO, *parts = ctx.saved_tensors
+    x, _, *parts = ctx.saved_tensors
     _, of_x, of_bias, *of_parts = ctx.needs_input_grad
     weights, mask = Weights(*parts), (of_x, any(of_parts), of_bias)
     gathered, input_, bias = _Gradients(weights), _Whole(len(x)), _Whole(len(x))

@@ -33,12 +33,14 @@ def unable(case: Case) -> str:
 
 
 def seconds(case: Case, machine: Machine) -> float:
+    """With a gradient the outputs' is taken apart again, and the inputs' of both convolutions are added."""
     share = (case.n_dynamic + _filling(case)) / (case.n_dynamic + case.n_static)
     return (
         mixing(case, machine)
         + convolutions(case, machine, 1, 1 - share)
         + grouping(case, machine, share)
         + placing(case.batch * case.outputs, machine)
+        + (placing(case.batch * (case.outputs + case.inputs), machine) if case.gradient else 0.0)
     )
 
 
