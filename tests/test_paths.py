@@ -260,6 +260,18 @@ def test_pieces_compute_the_gradients_that_are_wanted(frozen: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
+def test_a_transformed_weight_takes_a_path_that_can_be_transformed() -> None:
+    """`x` is a plain tensor there; pieces would be the choice without the transform."""
+    pad = made_unequal(nn.Conv2d(16, 32, 3, padding=1, dtype=DOUBLE), Granularity.CHANNEL, dynamic=1.0)
+    x = torch.randn(8, 16, 16, 16, dtype=DOUBLE)
+    assert choose(pad, x) == "pieces"
+    values = dict(pad.named_parameters())
+    found = torch.func.grad(lambda values: torch.func.functional_call(pad, values, (x,)).square().sum())(values)
+    wanted = torch.autograd.grad(pad(x).square().sum(), list(values.values()))
+    for name, theirs in zip(values, wanted, strict=True):
+        torch.testing.assert_close(found[name], theirs, rtol=1e-9, atol=1e-9)
+
+
 def test_pieces_keep_no_weight_of_a_sample_for_the_gradient() -> None:
     pad = made_unequal(nn.Conv2d(6, 8, 3), Granularity.CHANNEL, scales=False)
     kept: list[int] = []
