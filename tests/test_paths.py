@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from padconvert.errors import UsageError
 from padconvert.layers.build import upcycle
 from padconvert.layers.conv import PadConv
-from padconvert.layers.paths import buffer, chooser, measure
+from padconvert.layers.paths import buffer, call, chooser, measure, pieces, rows_grouped
 from padconvert.layers.paths.case import case_of
 from padconvert.layers.paths.chooser import PATHS, able, choose
 from padconvert.words import Granularity, Routing
@@ -142,7 +142,7 @@ def test_each_case_has_the_paths_it_should() -> None:
         with torch.no_grad():
             return {name for name, why in able(case_of(pad, torch.randn(2, *shape))).items() if not why}
 
-    everywhere = {"aggregate", "loop", "buffer", "mix"}
+    everywhere = {"aggregate", "loop", "buffer", "mix", "pieces"}
     assert names("plain", Granularity.CHANNEL) == everywhere | {"rows", "rows_grouped", "unfold"}
     assert names("plain", Granularity.ELEMENT) == everywhere | {"unfold"}
     assert names("pointwise", Granularity.ELEMENT) == everywhere | {"unfold", "matmul", "buffer_matmul"}
@@ -214,6 +214,75 @@ def test_a_gradient_can_be_differentiated_again() -> None:
     x = torch.randn(2, 2, 4, 4, dtype=DOUBLE, requires_grad=True)
     for name in (name for name, why in able(case_of(pad, x)).items() if not why):
         assert torch.autograd.gradgradcheck(lambda x, name=name: PATHS[name].convolve(pad, x), (x,)), name
+
+
+# ---- pieces of the batch ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", ["pieces", "rows_grouped"])
+def test_a_batch_in_pieces_is_the_batch(name: str, granularity: Granularity, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of 2, 2 and 1 samples; and 40 rows, whose dynamic ones are filled up to blocks by static ones."""
+    source = nn.Conv2d(3, 40, 3, stride=2, padding=1, dtype=DOUBLE)
+    pad = made_unequal(source, granularity, dynamic=0.3)
+    x = torch.randn(5, 3, 7, 6, dtype=DOUBLE, requires_grad=True)
+    case = case_of(pad, x)
+    if PATHS[name].unable(case):
+        assert (name, granularity) == ("rows_grouped", Granularity.ELEMENT)
+        return
+    assert granularity is Granularity.ELEMENT or 0 < rows_grouped._filling(case) < case.n_static
+    expected = formula(pad, source, x)
+    towards = torch.randn_like(expected)
+    gradients = torch.autograd.grad((expected * towards).sum(), [x, *pad.parameters()])
+    for entries in (2 * case.entries, 10 * case.entries):
+        monkeypatch.setattr(call, "GROUPED", entries)
+        found = PATHS[name].convolve(pad, x)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        own = torch.autograd.grad((found * towards).sum(), [x, *pad.parameters()])
+        for ours, theirs in zip(own, gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("frozen", ["input", "weights", "bias"])
+def test_pieces_compute_the_gradients_that_are_wanted(frozen: str) -> None:
+    source = nn.Conv2d(6, 8, 3, dtype=DOUBLE)
+    pad = made_unequal(source, Granularity.CHANNEL)
+    x = torch.randn(3, 6, 9, 8, dtype=DOUBLE, requires_grad=frozen != "input")
+    for name, parameter in pad.named_parameters():
+        if frozen == "bias" and name.startswith("bias"):
+            parameter.requires_grad_(False)
+        if frozen == "weights" and not name.startswith("bias"):
+            parameter.requires_grad_(False)
+    inputs = [each for each in (x, *pad.parameters()) if each.requires_grad]
+    expected, found = formula(pad, source, x), pieces.convolve(pad, x)
+    wanted = torch.autograd.grad(expected.square().sum(), inputs)
+    for ours, theirs in zip(torch.autograd.grad(found.square().sum(), inputs), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def test_a_transformed_weight_takes_a_path_that_can_be_transformed() -> None:
+    """`x` is a plain tensor there; pieces would be the choice without the transform."""
+    pad = made_unequal(nn.Conv2d(16, 32, 3, padding=1, dtype=DOUBLE), Granularity.CHANNEL, dynamic=1.0)
+    x = torch.randn(8, 16, 16, 16, dtype=DOUBLE)
+    assert choose(pad, x) == "pieces"
+    values = dict(pad.named_parameters())
+    found = torch.func.grad(lambda values: torch.func.functional_call(pad, values, (x,)).square().sum())(values)
+    wanted = torch.autograd.grad(pad(x).square().sum(), list(values.values()))
+    for name, theirs in zip(values, wanted, strict=True):
+        torch.testing.assert_close(found[name], theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_pieces_keep_no_weight_of_a_sample_for_the_gradient() -> None:
+    pad = made_unequal(nn.Conv2d(6, 8, 3), Granularity.CHANNEL, scales=False)
+    kept: list[int] = []
+
+    def keep(value: Tensor) -> Tensor:
+        kept.append(value.numel())
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        pieces.convolve(pad, torch.randn(50, 6, 4, 4))
+    assert max(kept) < 50 * pad.view("weight").size * pad.count_dynamic("weight")
 
 
 # ---- the buffer ------------------------------------------------------------------------------------------------
@@ -395,7 +464,7 @@ def test_the_environment_forces_a_path(name: str, monkeypatch: pytest.MonkeyPatc
 def test_an_unknown_path_is_an_error_with_the_names(monkeypatch: pytest.MonkeyPatch) -> None:
     forced(monkeypatch, "bufer")
     pad = made_unequal(nn.Conv2d(6, 8, 1), Granularity.CHANNEL)
-    with pytest.raises(UsageError, match=r"PADCONVERT_PATH=bufer.*aggregate, buffer, buffer_matmul, loop.*mix"):
+    with pytest.raises(UsageError, match=r"PADCONVERT_PATH=bufer.*aggregate, buffer, buffer_matmul, pieces, loop.*mix"):
         pad(torch.randn(2, 6, 5, 5))
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _CONVOLUTIONS = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}
 
 #: entries of the weights that one grouped call works on
-GROUPED = 300_000
+GROUPED = 150_000
 
 
 def convolution(layer: PadConv, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:

@@ -127,10 +127,11 @@ def case_of(layer: PadConv, x: Tensor) -> Case:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether `x` is held in memory, and no stand-in of a program that is traced or transformed."""
+    """Whether `x` is held in memory, and no stand-in of a program that is traced or transformed (where the weights may
+    be what is transformed, and `x` is none)."""
     if torch.compiler.is_compiling():
         return False
-    return type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return type(x) is Tensor and not torch._C._are_functorch_transforms_active()
 
 
 def rows_apart(layer: PadConv) -> bool:

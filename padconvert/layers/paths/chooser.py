@@ -18,7 +18,18 @@ import torch
 from torch import Tensor
 
 from padconvert.errors import UsageError
-from padconvert.layers.paths import aggregate, buffer, buffer_matmul, loop, matmul, mix, rows, rows_grouped, unfold
+from padconvert.layers.paths import (
+    aggregate,
+    buffer,
+    buffer_matmul,
+    loop,
+    matmul,
+    mix,
+    pieces,
+    rows,
+    rows_grouped,
+    unfold,
+)
 from padconvert.layers.paths.case import Case, case_of, is_plain
 from padconvert.layers.paths.cost import machine_of
 
@@ -28,7 +39,7 @@ if TYPE_CHECKING:
 #: the paths of a convolution by name; each module has `unable`, `seconds` and `convolve`. Equal estimates: the first.
 PATHS: dict[str, ModuleType] = {
     path.__name__.rpartition(".")[2]: path
-    for path in (aggregate, buffer, buffer_matmul, loop, rows, rows_grouped, matmul, unfold, mix)
+    for path in (aggregate, buffer, buffer_matmul, pieces, loop, rows, rows_grouped, matmul, unfold, mix)
 }
 VARIABLE = "PADCONVERT_PATH"
 

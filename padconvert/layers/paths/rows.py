@@ -45,12 +45,12 @@ def convolve(layer: PadConv, x: Tensor) -> Tensor:
     return placed(static_rows(layer, x), dynamic, layer.units("weight"))
 
 
-def static_rows(layer: PadConv, x: Tensor) -> Tensor:
-    """The static rows of every sample: [B, N, *spatial']."""
+def static_rows(layer: PadConv, x: Tensor, skipped: int = 0) -> Tensor:
+    """The static rows of every sample but the first `skipped`: [B, N − skipped, *spatial']."""
     weight_NS, bias_NS = static_part(layer, "weight"), static_part(layer, "bias") if layer.has_bias else None
     assert weight_NS is not None
-    bias_N = None if bias_NS is None else bias_NS[:, 0]
-    return convolution(layer, x, layer.view("weight").as_packed(weight_NS), bias_N, 1)
+    bias_N = None if bias_NS is None else bias_NS[skipped:, 0]
+    return convolution(layer, x, layer.view("weight").as_packed(weight_NS[skipped:]), bias_N, 1)
 
 
 def dynamic_rows(layer: PadConv, routing_BK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
