@@ -163,6 +163,9 @@ def tensor_subclass() -> nn.Module:
     return layer
 
 
+WIDE = "stride (1,) and dilation (65537,), which no network has"
+
+
 @pytest.mark.parametrize(
     ("make", "reason", "detail"),
     [
@@ -173,8 +176,12 @@ def tensor_subclass() -> nn.Module:
         (tensor_subclass, Reason.UNSUPPORTED_DTYPE, "Marked"),
         (lambda: nn.Linear(3, 3, dtype=torch.complex64), Reason.UNSUPPORTED_DTYPE, "complex64"),
         (lambda: nn.Conv2d(3, 3, 1, device="meta"), Reason.META_WEIGHT, ""),
-        (lambda: nn.Conv2d(3, 3, 3, padding=67), Reason.BEYOND_NETWORKS, "padding (67, 67) reaches far past"),
-        (lambda: nn.Conv1d(3, 3, 1, dilation=65_537), Reason.BEYOND_NETWORKS, "dilation (65537,), which no network"),
+        (
+            lambda: nn.Conv2d(3, 3, 3, padding=67),
+            Reason.BEYOND_NETWORKS,
+            "padding (67, 67) reaches far past its kernel",
+        ),
+        (lambda: nn.Conv1d(3, 3, 1, dilation=65_537), Reason.BEYOND_NETWORKS, WIDE),
         (lambda: nn.LazyConv2d(3, 3), Reason.UNINITIALIZED, ""),
         (lambda: nn.LazyLinear(3), Reason.UNINITIALIZED, ""),
         (lambda: nn.ConvTranspose1d(3, 6, 2), Reason.TRANSPOSED_CONVOLUTION, ""),
