@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import warnings
@@ -23,6 +25,7 @@ from padconvert.load import open_source
 from padconvert.load.artefact import load
 from padconvert.load.examine import examine
 from padconvert.options import ConvertOptions
+from zoo_traps import optimizer_of
 
 FACTORY = "trapnets"
 INPUT = (3, 16, 16)
@@ -59,6 +62,46 @@ def same(module: nn.Module, expected: nn.Module, *shape: int, dtype: torch.dtype
     with torch.no_grad():
         found, wanted = module(x), expected(x)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+# ---- every trap of the zoo
+
+#: how many layers become dynamic, or the exit code of the refusal and its next step
+ENDS: dict[str, int | tuple[int, str]] = {
+    "tied weights": 1, "a module used twice": 2, "shared storages": 2, "a shared buffer": 2, "half precision": 2,
+    "bfloat16": 2, "non-contiguous tensors": 2, "meta tensors": (6, "load the weights"),
+    "a sparse tensor": (6, ".to_dense()"), "DataParallel": 2, "an EMA copy": 2,
+    "an averaged model": (6, "model.module"), "an optimizer beside the model": 2,
+    "an optimizer alone": (4, "file that holds the model"), "a script's own class": (6, "--trust"),
+    "a compiled module": (6, "torch.save(model._orig_mod, path)"),
+}  # fmt: skip
+
+SAVE = (
+    "import sys, torch, zoo_traps\n"
+    "zoo_traps.Net.__module__ = '__main__'; Net = zoo_traps.Net\n"
+    "torch.manual_seed(0); torch.save(zoo_traps.SAVED[sys.argv[1]](), 'model.pt')"
+)
+
+
+@pytest.mark.parametrize("name", traps.SAVED)
+def test_a_trap_is_converted_or_refused_with_the_next_step(
+    name: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Saved by another process, as a user's file is."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "ignore", "-c", SAVE, name]
+    subprocess.run(command, check=True, cwd=here, env={**os.environ, "PYTHONPATH": path})
+    code = main(["convert", "model.pt", "-o", "out.st", "--trust", "zoo_traps", "--json"])
+    out, err = capsys.readouterr()
+    expected = ENDS[name]
+    if isinstance(expected, tuple):
+        assert (code, err.count("\n"), Path("out.st").exists()) == (expected[0], 1, False)
+        assert expected[1] in err
+    else:
+        assert code == 0, err
+        layers = json.loads(out)["layers"]
+        assert sum(layer["verdict"] == "convert" for layer in layers) == expected
+        assert json.loads(out)["equality"]["passed"]
 
 
 # ---- modules that load
@@ -181,16 +224,9 @@ def test_a_prefix_that_is_not_all_that_is_wrong_stays(state: State, here: Path) 
     assert here == Path.cwd()
 
 
-def optimizer(module: nn.Module) -> torch.optim.Optimizer:
-    made = torch.optim.AdamW(module.parameters())
-    module(torch.ones(1, *INPUT)).sum().backward()
-    made.step()
-    return made
-
-
 def test_an_optimizer_beside_the_model_is_left_unread(here: Path) -> None:
     module = net()
-    made = optimizer(module)
+    made = optimizer_of(module)
     for state in (made.state_dict(), made):  # the object itself is pickled by some scripts
         source = open_source(
             saved({"model": module.state_dict(), "optimizer": state, "step": 1}), arch=f"{FACTORY}:net"
@@ -256,7 +292,7 @@ def test_an_average_and_an_optimizer_beside_the_model_go_through_the_whole_line(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A training checkpoint as it lies on disk: the model, its average, two optimizers, a scheduler, numbers."""
-    made = optimizer(net(1))
+    made = optimizer_of(net(1))
     path = saved({
         "epoch": 3, "ema": net(2).state_dict(), "optimizer": made.state_dict(), "optimizer_itself": made,
         "scheduler": torch.optim.lr_scheduler.StepLR(made, 3).state_dict(), "model": net(1).state_dict(),
@@ -298,16 +334,12 @@ def lazy() -> nn.Module:
         return nn.Sequential(nn.LazyConv2d(8, 3), nn.Flatten(), nn.LazyLinear(3))
 
 
-def averaged() -> nn.Module:
-    return torch.optim.swa_utils.AveragedModel(net())
-
-
 class Packed(Tensor):
     """A tensor class of somebody's own, as quantising libraries make them."""
 
 
 REFUSED: dict[str, tuple[Callable[[], object], type[PadconvertError], tuple[str, ...]]] = {
-    "a meta module": (lambda: net().to("meta"), UnsafeError, ("meta device", "load the weights")),
+    "a meta module": (traps.meta_weights, UnsafeError, ("meta device", "load the weights")),
     "a meta state dict": (lambda: net().to("meta").state_dict(), UnsafeError, ("meta device", "load the weights")),
     "a sparse buffer": (traps.sparse_buffer, UnsafeError, ("sparse", ".to_dense()")),
     "a sparse state dict": (lambda: traps.sparse_buffer().state_dict(), UnsafeError, ("sparse", ".to_dense()")),
@@ -315,27 +347,27 @@ REFUSED: dict[str, tuple[Callable[[], object], type[PadconvertError], tuple[str,
     "a lazy state dict": (lambda: lazy().state_dict(), UnsafeError, ("Uninitialized", "run the model once")),
     "quantised modules": (quantised, UnsafeError, ("quantised", "float model")),
     "a quantised state dict": (lambda: quantised().state_dict(), UnsafeError, ("quantised", "float model")),
-    "an averaged model": (averaged, UnsafeError, ("AveragedModel", "model.module")),
+    "an averaged model": (traps.averaged_model, UnsafeError, ("AveragedModel", "model.module")),
     "a tuple of modules": (lambda: (net(), net(1)), FileError, ("tuple of 2", "each model to its own file")),
     "a list of one": (lambda: [net()], FileError, ("a saved list", "by itself")),
     "a bare tensor": (lambda: torch.ones(3), FileError, ("a single tensor", "state dict")),
     "a bare parameter": (lambda: nn.Parameter(torch.ones(3)), FileError, ("a single tensor", "state dict")),
-    "an optimizer": (lambda: optimizer(net()).state_dict(), FileError, ("optimizer", "file that holds the model")),
+    "an optimizer": (lambda: optimizer_of(net()).state_dict(), FileError, ("optimizer", "file that holds the model")),
     "an optimizer under its key": (
-        lambda: {"optimizer": optimizer(net()).state_dict(), "epoch": 3}, FileError, ("optimizer", "no model"),
+        lambda: {"optimizer": optimizer_of(net()).state_dict(), "epoch": 3}, FileError, ("optimizer", "no model"),
     ),
     "an optimizer itself": (
-        lambda: optimizer(net()), FileError, ("a saved optimizer (AdamW)", "torch.save(model.state_dict(), path)"),
+        lambda: optimizer_of(net()), FileError, ("a saved optimizer (AdamW)", "torch.save(model.state_dict(), path)"),
     ),
     "an optimizer itself under its key": (
-        lambda: {"optimizer": optimizer(net()), "epoch": 3}, FileError, ("optimizer", "torch.save(model.state_dict()"),
+        lambda: {"optimizer": optimizer_of(net()), "epoch": 3}, FileError, ("optimizer", "save(model.state_dict()"),
     ),
-    "optimizers in a list": (lambda: [optimizer(net())], FileError, ("list of optimizers", "model.state_dict()")),
+    "optimizers in a list": (lambda: [optimizer_of(net())], FileError, ("list of optimizers", "model.state_dict()")),
     "optimizers in a list under their key": (
-        lambda: {"optimizer_states": [optimizer(net()).state_dict()]}, FileError, ("optimizer", "no model"),
+        lambda: {"optimizer_states": [optimizer_of(net()).state_dict()]}, FileError, ("optimizer", "no model"),
     ),
     "a scheduler": (
-        lambda: torch.optim.lr_scheduler.StepLR(optimizer(net()), 3), FileError, ("a saved StepLR", "state_dict()"),
+        lambda: torch.optim.lr_scheduler.StepLR(optimizer_of(net()), 3), FileError, ("a saved StepLR", "state_dict()"),
     ),
     "a tensor class": (lambda: {"w": torch.ones(2).as_subclass(Packed)}, UnsafeError, ("Packed", "--arch")),
 }  # fmt: skip

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -221,3 +222,73 @@ def sparse_buffer() -> SmallCNN:
     net = SmallCNN()
     net.register_buffer("neighbours", torch.eye(3).to_sparse())
     return net
+
+
+# ---- as people save them: what is in the file, by the trap that it is
+
+
+def meta_weights() -> SmallCNN:
+    """Shapes without values, as a network built for sharded loading has before it is loaded."""
+    return SmallCNN().to("meta")
+
+
+def data_parallel() -> nn.DataParallel[SmallCNN]:
+    """The wrapper and not the network in it."""
+    return nn.DataParallel(SmallCNN())
+
+
+def ema_copy() -> dict[str, object]:
+    """The network, and a moving average of it under another key."""
+    return {"model": SmallCNN(), "ema": SmallCNN()}
+
+
+def averaged_model() -> nn.Module:
+    """torch's own wrapper around a moving average."""
+    return torch.optim.swa_utils.AveragedModel(SmallCNN())
+
+
+def optimizer_beside() -> dict[str, object]:
+    """A training script's checkpoint."""
+    net = SmallCNN()
+    return {"model": net, "optimizer": optimizer_of(net).state_dict(), "epoch": 3}
+
+
+def optimizer_alone() -> dict[str, object]:
+    """The wrong one of two files."""
+    return optimizer_of(SmallCNN()).state_dict()
+
+
+def optimizer_of(net: nn.Module) -> torch.optim.Optimizer:
+    """With state, as after a step."""
+    made = torch.optim.AdamW(net.parameters())
+    net(torch.ones(1, 3, 16, 16)).sum().backward()
+    made.step()
+    return made
+
+
+class Net(nn.Sequential):
+    """A class of somebody's script: as `main_net` it says that it comes from `__main__`."""
+
+
+def main_net() -> nn.Module:
+    return Net(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.Flatten(), nn.Linear(2048, 4)
+    )
+
+
+def compiled() -> nn.Module:
+    """What torch.compile gives; only a process of its own may make it, for the compiler changes torch for good."""
+    made: nn.Module = torch.compile(SmallCNN(), backend="eager")  # type: ignore[assignment]
+    made(torch.ones(1, 3, 16, 16))
+    return made
+
+
+#: what a file may hold, by its trap
+SAVED: dict[str, Callable[[], object]] = {
+    "tied weights": WeightTied, "a module used twice": ModuleReused, "shared storages": OverlappingViews,
+    "a shared buffer": SharedBuffer, "half precision": lambda: SmallCNN().half(),
+    "bfloat16": lambda: SmallCNN().bfloat16(), "non-contiguous tensors": non_contiguous, "meta tensors": meta_weights,
+    "a sparse tensor": sparse_buffer, "DataParallel": data_parallel, "an EMA copy": ema_copy,
+    "an averaged model": averaged_model, "an optimizer beside the model": optimizer_beside,
+    "an optimizer alone": optimizer_alone, "a script's own class": main_net, "a compiled module": compiled,
+}  # fmt: skip
