@@ -52,12 +52,12 @@ def test_every_attack_is_refused_within_the_limits(in_tmp: Path) -> None:
 
 
 def test_the_ceiling_is_alive(in_tmp: Path) -> None:
-    """So that the test above would see a file that takes more: a sound one, of 220 MB and its copies."""
+    """So that the test above would see a file that takes more: a sound one, of 320 MB and its copies."""
     files = in_tmp / "files"
     files.mkdir()
     torch.save(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)), files / "sound.pt")
     large = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
-    large[0].register_buffer("large", torch.zeros(55_000_000))
+    large[0].register_buffer("large", torch.zeros(80_000_000))
     torch.save(large, files / "large.pt")
     del large
     reader = str(Path(__file__).with_name("attack_reads.py"))

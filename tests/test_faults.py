@@ -78,7 +78,7 @@ def once(then: Callable[[], object], number: int = 1, *, after: bool = False) ->
 #: the moment, and the function that is called there: its module, its name, the number of the call
 MOMENTS: dict[str, tuple[str, str, int]] = {
     "loading": ("padconvert.convert", "open_input", 1),
-    "planning": ("padconvert.convert", "walk", 1),
+    "planning": ("padconvert.convert", "make_plan", 1),
     "rewriting": ("padconvert.convert", "equality", 1),
     "warming up": ("padconvert.finetune.loop", "set_lr_", 2),
     "between rounds": ("padconvert.finetune.loop", "set_lr_", 7),
