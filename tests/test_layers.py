@@ -259,14 +259,15 @@ def test_the_mlp_routers_temperature_falls_to_one() -> None:
     assert torch.equal(router(x), plain)
 
 
-def test_kmeans_routing_separates_clusters_at_the_wanted_sharpness() -> None:
+@pytest.mark.parametrize("wanted", [0.5, 0.8])
+def test_kmeans_routing_separates_clusters_at_the_wanted_sharpness(wanted: float) -> None:
     generator = torch.Generator().manual_seed(0)
     centres = torch.tensor([[0.0, 0], [40, 0], [0, 40], [40, 40]])
     points_NC = (centres[:, None] + torch.randn(4, 100, 2, generator=generator) * 6).flatten(0, 1)
     router = linear.Router(2, 4)
-    router.initialise_(points_NC, generator)
+    router.initialise_(points_NC, generator, wanted)
     routing = router(points_NC)
-    assert float(routing.detach().amax(-1).mean()) == pytest.approx(0.8, abs=1e-3)
+    assert float(routing.detach().amax(-1).mean()) == pytest.approx(wanted, abs=1e-3)
     top = routing.argmax(-1).view(4, 100)
     assert len({int(row.mode().values) for row in top}) == 4
     assert all(int((row == row.mode().values).sum()) >= 95 for row in top)

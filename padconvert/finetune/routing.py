@@ -17,7 +17,11 @@ MOST_POINTS = 4096
 
 
 def set_routers_(
-    model: nn.Module, layers: Mapping[str, PadLayer], forwards: Iterable[Callable[[], object]], seed: int
+    model: nn.Module,
+    layers: Mapping[str, PadLayer],
+    forwards: Iterable[Callable[[], object]],
+    seed: int,
+    top_probability: float,
 ) -> None:
     """Initialise every router from what its layer sees during `forwards` (eval mode, no gradient).
 
@@ -37,7 +41,7 @@ def set_routers_(
         points_NC = torch.cat(seen[name])[:MOST_POINTS] if seen.get(name) else torch.empty(0)
         if layer.router is not None and len(points_NC) >= layer.num_experts:
             generator = Generator().manual_seed(seed * 1_000_003 + index)
-            layer.router.initialise_(points_NC, generator)
+            layer.router.initialise_(points_NC, generator, top_probability)
 
 
 def _watch(seen: list[Tensor]) -> Callable[[nn.Module, Any], None]:

@@ -56,7 +56,8 @@ class Trainer:
 
     def set_routers_(self, model: nn.Module, layers: Mapping[str, PadLayer]) -> None:
         """Set the routers from what the layers see of the training data."""
-        set_routers_(model, layers, routing_forwards(model, self.setting), self.setting.seed)
+        forwards = routing_forwards(model, self.setting)
+        set_routers_(model, layers, forwards, self.setting.seed, self.policy.train.top_probability)
 
     def fit_(self, model: nn.Module, partitioner: Partitioner | None, name: str) -> list[dict[str, float]]:
         """Train `model` in place, resuming from the work directory if there is one; returns the run's history."""

@@ -204,6 +204,7 @@ class Train(Section):
     what: Literal["all", "converted"]
     objective: Literal["auto", "task", "distill", "both"]
     distill_weight: NonNegative
+    top_probability: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
     temperature_start: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     balance_weight: NonNegative
     z_weight: NonNegative

@@ -14,7 +14,7 @@ from nets import resnet20
 from padconvert.bench import synchronised
 from padconvert.paired import Effort, measure
 
-EFFORT = Effort(rounds=31, least=9, seconds=60.0)
+EFFORT = Effort(rounds=31, least=9, seconds=45.0)
 DEPENDS = (
     "padconvert/layers",
     "tests/benchmarks/finetune_step.py",

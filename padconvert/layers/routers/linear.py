@@ -13,9 +13,6 @@ from torch import Generator, Tensor, nn
 from padconvert.layers.kmeans import balancing_bias, kmeans, sharpness
 from padconvert.layers.routers import RouterModule
 
-#: mean top probability that k-means routing starts with
-TOP_PROBABILITY = 0.8
-
 
 class Router(RouterModule):
     """π = softmax(A (x − mean) / deviation + b): [..., C] → [..., K] in fp32."""
@@ -41,7 +38,7 @@ class Router(RouterModule):
         return self.share(nn.functional.linear(pooled, weight, bias))
 
     @torch.no_grad()
-    def initialise_(self, pooled_NC: Tensor | None, generator: Generator) -> None:
+    def initialise_(self, pooled_NC: Tensor | None, generator: Generator, top_probability: float = 0.8) -> None:
         """Set by k-means of `pooled_NC`, with top-k so that experts are chosen equally often; or at random (scale 1/√C)
         without it."""
         if pooled_NC is None:
@@ -60,7 +57,7 @@ class Router(RouterModule):
         logits_NK = standard_NC @ weight_KC.T + bias_K
         if self.top_k:
             bias_K = bias_K + balancing_bias(logits_NK, self.top_k)
-        scale = sharpness(standard_NC @ weight_KC.T + bias_K, TOP_PROBABILITY)
+        scale = sharpness(standard_NC @ weight_KC.T + bias_K, top_probability)
         self.weight.copy_(scale * weight_KC)
         self.bias.copy_(scale * bias_K)
         self.mean = mean_C.to(self.weight)

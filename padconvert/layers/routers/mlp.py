@@ -43,9 +43,9 @@ class Router(RouterModule):
         return self.share(logits if self.temperature is None else logits / self.temperature)
 
     @torch.no_grad()
-    def initialise_(self, pooled_NC: Tensor | None, generator: Generator) -> None:
+    def initialise_(self, pooled_NC: Tensor | None, generator: Generator, top_probability: float = 0.8) -> None:
         """Seeded Kaiming weights, zero biases; the inputs are not needed."""
-        del pooled_NC
+        del pooled_NC, top_probability
         for layer in (self.reduce, self.expand):
             bound = math.sqrt(6 / layer.in_features)
             layer.weight.copy_((torch.rand(layer.weight.shape, generator=generator) * 2 - 1) * bound)
