@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 _CONVOLUTIONS = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}
 
-#: entries of the weights that one grouped call works on
+#: entries of the weights that one grouped call works on, for each thread
 GROUPED = 150_000
 
 
@@ -55,7 +55,10 @@ def by_sample(layer: PadConv, x: Tensor, weight: Tensor, bias: Tensor | None) ->
 def piece_size(device: str, entries: int, batch: int) -> int:
     """Samples whose weights, of so many entries, share a call: what a core's cache holds. Past it the gradient of the
     weights takes three times as long. Other devices take the batch at once."""
-    return max(GROUPED // entries, 1) if device == "cpu" else batch
+    if device != "cpu":
+        return batch
+    threads = torch.get_num_threads()
+    return max(GROUPED // entries, 1) * threads  # each of them takes some of a call's groups
 
 
 def _grouped(layer: PadConv, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
