@@ -8,13 +8,14 @@ MINILM := $(VENV)/.minilm
 # One worker a core; each test process computes on one thread.
 TESTS := $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help install test soak bench lint format demo clean
+.PHONY: help install test soak bench study lint format demo clean
 
 help:
 	@echo "make demo    a small network learns, is converted, and is held beside its neighbours (under 3 minutes)"
 	@echo "make test    the tests"
 	@echo "make soak    100,000 damaged files, every bit of an artefact, 51 killed runs (long; resumable)"
 	@echo "make bench   layers, networks, commands beside their baselines (about an hour; resumable; QUICK=1: some minutes)"
+	@echo "make study   does it pay? trains static, dynamic and partially dynamic networks (hours; resumable; MINUTES=30)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff's formatter and its safe fixes"
 	@echo "make clean   removes what the other targets made"
@@ -48,6 +49,11 @@ bench: $(STAMP)
 	@for table in $(BENCHMARKS); do echo "== $$table"; \
 	  PYTHONPATH=tests $(BIN)/python -m benchmarks.$$table $(if $(QUICK),--quick) || exit; done
 	@PYTHONPATH=tests $(BIN)/python -m benchmarks.report $(if $(QUICK),--quick)
+
+# Resumable: each run that is done is a line in tests/benchmarks/quality/results. TASKS='--task "CIFAR-10 (16 px)"'.
+study: $(STAMP)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m benchmarks.quality.study $(if $(MINUTES),--minutes $(MINUTES)) $(TASKS)
+	@PYTHONPATH=tests $(BIN)/python -m benchmarks.quality.report
 
 lint: $(STAMP)
 	@$(BIN)/ruff check

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.quality import data, nets, report, study, tasks
+from benchmarks.quality import data, nets, report, study, tasks, text
 from benchmarks.quality.arms import BASE, CHANNEL, DYNAMIC, PAD, RANDOM, STATIC, Arm
 from benchmarks.quality.experiments import EXPERIMENTS, Experiment
+from padconvert.finetune.data.examples import Batch
 from padconvert.policy import load_policy
 
 CPU = torch.device("cpu")
@@ -148,3 +149,33 @@ def test_results_that_are_committed_can_be_read() -> None:
             kept = json.loads(line)
             assert kept["task"] in tasks.TASKS
             assert -1 <= kept["test"][tasks.TASKS[kept["task"]].metric] <= 1
+
+
+class Sentences:
+    """Texts of one token number, each as long as its own number."""
+
+    num_classes = 2
+
+    def __init__(self, lengths: list[int], token: int) -> None:
+        self.lengths, self.token = lengths, token
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, indices: torch.Tensor) -> Batch:
+        lengths = [self.lengths[int(i)] for i in indices]
+        ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+        for row, length in enumerate(lengths):
+            ids[row, :length] = self.token
+        return Batch({"input_ids": ids, "attention_mask": (ids > 0).long()}, torch.tensor([n % 2 for n in lengths]))
+
+
+def test_several_sets_of_texts_are_one_with_classes_of_their_own() -> None:
+    joined = text.Joined((Sentences([1, 2], 7), Sentences([3], 8)))
+    assert (len(joined), joined.num_classes, joined.labels.tolist()) == (3, 4, [1, 0, 3])
+    found = joined.batch(torch.tensor([2, 0]))
+    assert isinstance(found.inputs, dict)
+    assert found.inputs["input_ids"].tolist() == [[8, 8, 8], [7, 0, 0]]
+    assert found.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert found.labels is not None
+    assert found.labels.tolist() == [3, 1]

@@ -14,7 +14,7 @@ from padconvert.bench import synchronised
 from padconvert.layer_times import tuned_paths
 from padconvert.paired import Effort, measure
 
-EFFORT = Effort(rounds=31, least=7, seconds=4.0)
+EFFORT = Effort(rounds=31, least=5, seconds=2.0)
 BATCHES, QUICK_BATCHES, QUICK_SHAPES = (1, 8, 32), (1, 8), 4
 DEPENDS = (
     "padconvert/layers",

@@ -15,7 +15,7 @@ from padconvert.bench import synchronised
 from padconvert.layer_times import tuned_paths
 from padconvert.paired import Effort, measure
 
-EFFORT = Effort(rounds=21, least=5, seconds=40.0)
+EFFORT = Effort(rounds=21, least=5, seconds=30.0)
 DEPENDS = (
     "padconvert/layers", "tests/benchmarks/networks.py", "tests/benchmarks/nets.py", "tests/benchmarks/paper.py",
     "tests/benchmarks/made.py",

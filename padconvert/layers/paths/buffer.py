@@ -72,7 +72,32 @@ def convolve(layer: PadConv, x: Tensor) -> Tensor:
 
 def written(layer: PadConv, routing_BK: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """The layer's buffer [*weight_shape], once for every sample, with that sample's dynamic units in it."""
-    kept = _kept(layer, dtype)
+    kept = _kept(layer, dtype, packed=False)
+    for mixed_DS in _mixes(layer, kept, routing_BK):
+        place_(kept.cut_US, mixed_DS.to(dtype), kept.units)
+        yield kept.weight
+
+
+def written_packed(layer: PadConv, routing_BK: Tensor, dtype: torch.dtype) -> tuple[Iterator[Tensor], Tensor]:
+    """As `written`, but of whole rows, the static ones first; and where each row of the weight lies there.
+
+    A single sample is mixed straight into its place.
+    """
+    kept = _kept(layer, dtype, packed=True)
+    tail_DS = kept.cut_US[len(kept.cut_US) - len(kept.units) :]
+
+    def weights() -> Iterator[Tensor]:
+        straight = tail_DS if len(routing_BK) == 1 and dtype == layer.mixing_dtype else None
+        for mixed_DS in _mixes(layer, kept, routing_BK, out=straight):
+            if straight is None:
+                tail_DS.copy_(mixed_DS)
+            yield kept.weight
+
+    return weights(), kept.places
+
+
+def _mixes(layer: PadConv, kept: _Kept, routing_BK: Tensor, out: Tensor | None = None) -> Iterator[Tensor]:
+    """Σ_k π_k D_k of every sample, [D, S] in the mixing dtype, for a few samples at a time; of one into `out`."""
     experts_KF = kept.experts_KF if kept.experts_KF is not None else _experts(layer)
     size = max(PIECE // (experts_KF.element_size() * experts_KF.shape[1]), 1)
     if layer._parameters["scale_logit"] is not None:
@@ -80,10 +105,17 @@ def written(layer: PadConv, routing_BK: Tensor, dtype: torch.dtype) -> Iterator[
     width = kept.cut_US.shape[1]
     for piece_BK in (routing_BK,) if len(routing_BK) <= size else routing_BK.split(size):
         with without_autocast(experts_KF):
-            mixed_BF = piece_BK.to(experts_KF.dtype) @ experts_KF
-        for mixed_DS in mixed_BF.to(dtype).view(len(piece_BK), -1, width):
-            place_(kept.cut_US, mixed_DS, kept.units)
-            yield kept.weight
+            mixed_BF = _mixed(piece_BK.to(experts_KF.dtype), experts_KF, out)
+        yield from mixed_BF.view(len(piece_BK), -1, width)
+
+
+def _mixed(share_BK: Tensor, experts_KF: Tensor, out: Tensor | None) -> Tensor:
+    """The product of both. One row by a matrix runs on one thread, so it is cut into as many as there are threads."""
+    threads, total = torch.get_num_threads(), experts_KF.shape[1]
+    if len(share_BK) > 1 or threads == 1 or total % threads:
+        return torch.mm(share_BK, experts_KF, out=None if out is None else out.view(1, total))
+    parts_TKF = experts_KF.view(-1, threads, total // threads).transpose(0, 1)
+    return torch.bmm(share_BK.expand(threads, 1, -1), parts_TKF, out=None if out is None else out.view(threads, 1, -1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +123,14 @@ class _Kept:
     """A filled buffer and what it was filled from. `sources` share the memory of the layer's tensors, so that no other
     tensor can come to lie at their address; `some` is a copy of a few static entries, `watched` sees them.
 
+    `units` are the dynamic ones; `places` says where each unit lies if the static ones come first.
     `experts_KF` are the layer's own dynamic values, not a copy; None where they are not in the mixing dtype.
     """
 
     weight: Tensor
     cut_US: Tensor
     units: Tensor
+    places: Tensor
     experts_KF: Tensor | None
     sources: tuple[Tensor, ...]
     state: tuple[object, ...]
@@ -114,7 +148,7 @@ class _Kept:
 
 class _Buffers(threading.local):
     def __init__(self) -> None:
-        self.kept: weakref.WeakKeyDictionary[PadLayer, _Kept] = weakref.WeakKeyDictionary()
+        self.kept: weakref.WeakKeyDictionary[PadLayer, dict[bool, _Kept]] = weakref.WeakKeyDictionary()
 
 
 _buffers = _Buffers()
@@ -138,31 +172,34 @@ def _state(sources: tuple[Tensor, ...]) -> tuple[object, ...]:
     )
 
 
-def _kept(layer: PadLayer, dtype: torch.dtype) -> _Kept:
-    """The layer's buffer with its static units in place; the dynamic ones hold anything."""
-    sources, kept = _sources(layer), _buffers.kept.get(layer)
+def _kept(layer: PadLayer, dtype: torch.dtype, packed: bool) -> _Kept:
+    """The layer's buffer with its static units in place, or first; the dynamic ones hold anything."""
+    sources, both = _sources(layer), _buffers.kept.get(layer)
+    kept = None if both is None else both.get(packed)
     if kept is not None and kept.holds(sources, dtype):
         return kept
-    kept = _filled(layer, dtype, sources)
+    kept = _filled(layer, dtype, sources, packed)
     if not any(each.is_inference() for each in sources):
-        _buffers.kept[layer] = kept
+        _buffers.kept.setdefault(layer, {})[packed] = kept
     return kept
 
 
-def _filled(layer: PadLayer, dtype: torch.dtype, sources: tuple[Tensor, ...]) -> _Kept:
+def _filled(layer: PadLayer, dtype: torch.dtype, sources: tuple[Tensor, ...], packed: bool) -> _Kept:
     with torch.inference_mode(False), torch.no_grad():
         view, units, static_NS = layer.view("weight"), layer.units("weight"), static_part(layer, "weight")
         weight = sources[0].new_zeros(layer.weight_shape, dtype=dtype)
         cut_US = weight.view(view.units, view.size)
         watched = None
         if static_NS is not None:
-            place_(cut_US, static_NS.to(dtype), units.static)
+            where = torch.arange(len(units.static), device=weight.device) if packed else units.static
+            place_(cut_US, static_NS.to(dtype), where)
             flat = sources[0].detach().view(-1)
             watched = flat[:: max(len(flat) // COMPARED, 1)]
         experts_KF = _experts(layer)
         own = experts_KF.data_ptr() == sources[-1].data_ptr()
         return _Kept(
-            weight, cut_US, units.dynamic, experts_KF if own else None, tuple(each.detach() for each in sources),
+            weight, cut_US, units.dynamic, torch.cat([units.static, units.dynamic]).argsort(),
+            experts_KF if own else None, tuple(each.detach() for each in sources),
             _state(sources), watched, None if watched is None else watched.clone(),
         )  # fmt: skip
 

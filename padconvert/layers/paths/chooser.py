@@ -22,6 +22,7 @@ from padconvert.layers.paths import (
     aggregate,
     buffer,
     buffer_matmul,
+    buffer_packed,
     loop,
     matmul,
     mix,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 #: the paths of a convolution by name; each module has `unable`, `seconds` and `convolve`. Equal estimates: the first.
 PATHS: dict[str, ModuleType] = {
     path.__name__.rpartition(".")[2]: path
-    for path in (aggregate, buffer, buffer_matmul, pieces, loop, rows, rows_grouped, matmul, unfold, mix)
+    for path in (aggregate, buffer, buffer_matmul, buffer_packed, pieces, loop, rows, rows_grouped, matmul, unfold, mix)
 }
 VARIABLE = "PADCONVERT_PATH"
 

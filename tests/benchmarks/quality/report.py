@@ -6,6 +6,7 @@ same source, batches and augmentation. Nothing here is chosen: rates were, on he
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from benchmarks.quality.experiments import EXPERIMENTS, Experiment
 from benchmarks.quality.study import RESULTS, Result, Results, Run, chosen_rate
 from benchmarks.quality.tasks import TASKS, Task
 
+FEWEST_LINES = 5  # of a section with no runs in it: only its head
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "results.md"
+CHART = DOCUMENT.with_suffix(".svg")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,20 +124,52 @@ partition included. Tables are written by the study:
 """
 
 
-def document(results: Results) -> str:
-    parts = [_HEAD]
+def document(results: Results, findings: str = "") -> str:
+    """The whole page; `findings` is what a person says of it, kept in `findings.md` beside the list."""
+    parts = [_HEAD, findings]
     for experiment in EXPERIMENTS:
-        tasks = [TASKS[name] for name in experiment.tasks]
-        sections = [list(table(results, experiment, task)) for task in tasks]
-        sections = [lines for lines in sections if len(lines) > 5]
+        sections = [list(table(results, experiment, TASKS[name])) for name in experiment.tasks]
+        sections = [lines for lines in sections if len(lines) > FEWEST_LINES]
         if sections:
             parts.append(f"## {experiment.title}\n\n{experiment.says}\n")
             parts += ["\n".join(lines) for lines in sections]
     return "\n".join(parts)
 
 
+def chart(results: Results, experiment: Experiment) -> str:
+    """SVG: each arm's gain over the static network, task by task, with its interval."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    arms = [arm for arm in experiment.arms if arm.kind != "static"]
+    static = next(arm for arm in experiment.arms if arm.kind == "static")
+    names = [name for name in experiment.tasks if runs_of(results, TASKS[name], static, experiment.seeds)]
+    figure = Figure(figsize=(8, 0.8 + 0.2 * len(arms) * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, arm in enumerate(arms):
+        for row, name in enumerate(names):
+            task = TASKS[name]
+            ours, theirs = (runs_of(results, task, each, experiment.seeds) for each in (arm, static))
+            found = difference(ours, theirs, task.metric)
+            if found is not None:
+                at = row + 0.8 * (place / len(arms) - 0.4)
+                label = arm.name if row == 0 else None
+                axes.errorbar(found.mean, at, xerr=found.half or 0, fmt="o", color=f"C{place}", label=label, capsize=2)
+    axes.axvline(0, color="#9aa5b1", linewidth=1)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("points over the static network after the same steps (bars: 95 %)")
+    axes.legend(frameon=False, fontsize=8)
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "padconvert", "svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+
 def main() -> int:
-    DOCUMENT.write_text(document(Results(RESULTS)), encoding="utf-8")
+    results, findings = Results(RESULTS), Path(__file__).with_name("findings.md")
+    DOCUMENT.write_text(document(results, findings.read_text(encoding="utf-8")), encoding="utf-8")
+    CHART.write_text(chart(results, EXPERIMENTS[0]), encoding="utf-8")
     return 0
 
 
