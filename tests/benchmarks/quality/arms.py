@@ -42,3 +42,22 @@ DYNAMIC = Arm("fully dynamic", "dynamic")
 PAD = Arm("PAD", "pad")
 RANDOM = PAD.but("PAD, random partition", partition__score="random")
 CHANNEL = PAD.but("PAD, channel", defaults__granularity="channel")
+
+#: what else was tried; the settings say what
+IDEAS = (
+    DYNAMIC.but("dynamic, routers not trained", train__router_lr_scale=0.0),
+    DYNAMIC.but("dynamic, routers' rate × 1", train__router_lr_scale=1.0),
+    DYNAMIC.but("dynamic, surer, not trained", train__top_probability=0.95, train__router_lr_scale=0.0),
+    DYNAMIC.but("dynamic, less sure, not trained", train__top_probability=0.5, train__router_lr_scale=0.0),
+    DYNAMIC.but("dynamic, less sure, routers' rate × 1", train__top_probability=0.5, train__router_lr_scale=1.0),
+    DYNAMIC.but("dynamic, the paper's router", defaults__router="mlp", train__router_lr_scale=1.0),
+    DYNAMIC.but("dynamic, K = 8", defaults__num_experts=8),
+    DYNAMIC.but("dynamic, no scales", defaults__scales="none"),
+    PAD.but("PAD, routers not trained", train__router_lr_scale=0.0),
+    PAD.but("PAD, fisher", partition__score="fisher"),
+    PAD.but("PAD, rounds early", train__warmup=0.1, train__partitioning=0.2),
+    PAD.but("PAD, less sure", train__top_probability=0.5),
+    PAD.but("PAD, less sure, not trained", train__top_probability=0.5, train__router_lr_scale=0.0),
+    PAD.but("PAD, less sure, routers' rate × 1", train__top_probability=0.5, train__router_lr_scale=1.0),
+    RANDOM.but("PAD, less sure, random partition", train__top_probability=0.5),
+)

@@ -48,9 +48,11 @@ class Interval:
         return mean if self.half is None else f"{mean} ± {self.half:.2f}"
 
 
-def runs_of(results: Results, task: Task, arm: Arm, seeds: Sequence[int]) -> dict[int, Result]:
-    """The arm's result for every seed that has one, at the rate that was chosen for the arm."""
-    rate = chosen_rate(results, task, arm, seeds[0])
+def runs_of(
+    results: Results, task: Task, arm: Arm, seeds: Sequence[int], rate: float | None = None
+) -> dict[int, Result]:
+    """The arm's result for every seed that has one, at `rate` or at the one that was chosen for the arm."""
+    rate = chosen_rate(results, task, arm, seeds[0]) if rate is None else rate
     if rate is None:
         return {}
     found = {seed: results.of(Run(task, arm, seed, rate)) for seed in seeds}
@@ -71,7 +73,7 @@ def difference(ours: dict[int, Result], theirs: dict[int, Result], metric: str =
 
 def table(results: Results, experiment: Experiment, task: Task) -> Iterator[str]:
     """One task's arms, one line each."""
-    every = {arm.name: runs_of(results, task, arm, experiment.seeds) for arm in experiment.arms}
+    every = {arm.name: runs_of(results, task, arm, experiment.seeds, experiment.rate) for arm in experiment.arms}
     static = next((every[arm.name] for arm in experiment.arms if arm.kind == "static"), {})
     dynamic = next((every[arm.name] for arm in experiment.arms if arm.kind == "dynamic"), {})
     source = [run["source_test"][task.metric] for run in static.values()]

@@ -101,6 +101,11 @@ def missing(experiments: Sequence[Experiment], results: Results, tasks: Sequence
     for experiment in experiments:
         for task in (TASKS[name] for name in experiment.tasks if not tasks or name in tasks):
             pilot, *others = experiment.seeds
+            if experiment.rate is not None:
+                yield from (
+                    Run(task, arm, seed, experiment.rate) for seed in experiment.seeds for arm in experiment.arms
+                )
+                continue
             for arm in experiment.arms:
                 yield from (Run(task, arm, pilot, rate) for rate in task.rates)
             for seed in others:
