@@ -16,6 +16,8 @@ from benchmarks.rows import RESULTS, ROOT, Row
 
 TABLES = ("networks", "convolutions", "finetune_step", "experts", "conversion", "startup")
 DOCUMENT, CHART = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks.svg"
+#: what a person says of the bounds that are missed
+MISSED = Path(__file__).with_name("missed.md")
 COLOURS = {"static": "#9aa5b1", "channel": "#2e7d32", "element": "#607d8b", "paper": "#b0682c"}
 
 _INTRODUCTION = """# Benchmarks
@@ -58,7 +60,8 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 def document(results: dict[str, dict[str, Any]], *, bounds: bool = True) -> str:
     """The whole page. Quick numbers are of other sizes than the `bounds` are for."""
     rows: dict[str, dict[str, Row]] = {name: result["rows"] for name, result in results.items()}
-    parts = [_INTRODUCTION, *([_bounds(held(rows))] if bounds else []), *_sections(rows)]
+    missed = [_bounds(held(rows)), MISSED.read_text(encoding="utf-8")] if bounds else []
+    parts = [_INTRODUCTION, *missed, *_sections(rows)]
     kinds = sorted({name.partition("-")[2] for name in results} - {""})
     for kind in kinds:
         there = {name.partition("-")[0]: found for name, found in rows.items() if name.endswith(f"-{kind}")}
