@@ -1,7 +1,7 @@
 """Experts for inference: each expert's output is written where it belongs, and no expert is assembled beside others.
 
-What `experts` computes, with one copy of the hidden state in place of six. Without autograd only: it writes to what
-it has handed on. Legend of names as there; N rows of one expert.
+What `experts` computes; beside the hidden state it holds one copy of its dynamic part, sorted by expert. Without
+autograd only: it writes to what it has handed on. Legend of names as there; N rows of one expert.
 """
 
 from __future__ import annotations
