@@ -11,7 +11,7 @@ from torch import nn
 
 from padconvert.contenders import FULL, OUTPUT, STATIC, Call
 from padconvert.layers.pad import PadLayer
-from padconvert.layers.paths.measure import tuned
+from padconvert.layers.paths.measure import tune_
 from padconvert.paired import Effort, Paired, Spread
 from padconvert.progress import Progress
 from padconvert.results import BenchLayer
@@ -47,9 +47,7 @@ def layer_times(
 def tuned_paths(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, str]:
     """Let every converted convolution measure which path is its fastest on these inputs, to be taken from now on.
     Returns the paths by layer. Without gradients only; a training step goes by the estimates."""
-    with tuned(network) as found, torch.no_grad():
-        call(network, args, kwargs)
-    return dict(found)
+    return tune_(lambda: call(network, args, kwargs), network)
 
 
 def _layer_times(network: nn.Module, names: Sequence[str], given: Call, device: torch.device) -> dict[str, float]:

@@ -551,7 +551,7 @@ def test_measured_choices_belong_to_the_model_they_were_measured_for(monkeypatch
     model = nn.Sequential(layer, nn.ReLU(), made_unequal(nn.Conv2d(4, 4, 3), Granularity.ELEMENT))
     x = torch.randn(2, 3, 9, 9)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    assert measure.tune_(model, x) == {"0": "loop", "2": "loop"}
+    assert measure.tune_(lambda: model(x), model) == {"0": "loop", "2": "loop"}
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     with torch.no_grad():
         assert choose(layer, x) == "loop"

@@ -55,9 +55,10 @@ def convolve(layer: PadConv, x: Tensor) -> Tensor:
     routing_BK, dtype = layer.route(x), compute_dtype(x)
     x = x.to(dtype)
     biases = mixed(layer, "bias", routing_BK).to(dtype) if layer.has_bias else None
-    weights = written(layer, routing_BK, dtype)
     if len(x) == 1:
-        return convolution(layer, x, next(weights), None if biases is None else biases[0], layer.groups)
+        weight = written_once(layer, routing_BK, dtype)
+        return convolution(layer, x, weight, None if biases is None else biases[0], layer.groups)
+    weights = written(layer, routing_BK, dtype)
     out: Tensor | None = None
     for at, weight in enumerate(weights):
         bias = None if biases is None else biases[at]
@@ -78,26 +79,51 @@ def written(layer: PadConv, routing_BK: Tensor, dtype: torch.dtype) -> Iterator[
         yield kept.weight
 
 
+def written_once(layer: PadConv, routing_1K: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `written`, for a single sample, where every microsecond of Python shows."""
+    kept = _kept(layer, dtype, packed=False)
+    mixed_DS = _straight(layer, kept, routing_1K)
+    if mixed_DS is None:
+        return next(written(layer, routing_1K, dtype))
+    place_(kept.cut_US, mixed_DS, kept.units)
+    return kept.weight
+
+
 def written_packed(layer: PadConv, routing_BK: Tensor, dtype: torch.dtype) -> tuple[Iterator[Tensor], Tensor]:
     """As `written`, but of whole rows, the static ones first; and where each row of the weight lies there.
 
     A single sample is mixed straight into its place.
     """
     kept = _kept(layer, dtype, packed=True)
+    if len(routing_BK) == 1 and _straight(layer, kept, routing_BK) is not None:
+        return iter((kept.weight,)), kept.places
     tail_DS = kept.cut_US[len(kept.cut_US) - len(kept.units) :]
 
     def weights() -> Iterator[Tensor]:
-        straight = tail_DS if len(routing_BK) == 1 and dtype == layer.mixing_dtype else None
-        for mixed_DS in _mixes(layer, kept, routing_BK, out=straight):
-            if straight is None:
-                tail_DS.copy_(mixed_DS)
+        for mixed_DS in _mixes(layer, kept, routing_BK):
+            tail_DS.copy_(mixed_DS)
             yield kept.weight
 
     return weights(), kept.places
 
 
-def _mixes(layer: PadConv, kept: _Kept, routing_BK: Tensor, out: Tensor | None = None) -> Iterator[Tensor]:
-    """Σ_k π_k D_k of every sample, [D, S] in the mixing dtype, for a few samples at a time; of one into `out`."""
+def _straight(layer: PadConv, kept: _Kept, routing_1K: Tensor) -> Tensor | None:
+    """Σ_k π_k D_k of one sample, [D, S], in memory that is there already: the end of a packed weight, or a place of its
+    own. One row by a matrix would run on one thread, so it is cut into as many as there are. None where the dtypes,
+    the scales or autocast ask for more."""
+    parts = kept.parts
+    if parts is None or routing_1K.dtype != parts.experts_TKF.dtype:
+        return None
+    if torch.is_autocast_enabled(routing_1K.device.type):
+        return None
+    if layer._parameters["scale_logit"] is not None:
+        routing_1K = routing_1K * layer.scales()[1]
+    torch.bmm(routing_1K.expand(len(parts.experts_TKF), 1, -1), parts.experts_TKF, out=parts.mixed_T1F)
+    return parts.mixed_DS
+
+
+def _mixes(layer: PadConv, kept: _Kept, routing_BK: Tensor) -> Iterator[Tensor]:
+    """Σ_k π_k D_k of every sample, [D, S] in the mixing dtype, for a few samples at a time."""
     experts_KF = kept.experts_KF if kept.experts_KF is not None else _experts(layer)
     size = max(PIECE // (experts_KF.element_size() * experts_KF.shape[1]), 1)
     if layer._parameters["scale_logit"] is not None:
@@ -105,17 +131,24 @@ def _mixes(layer: PadConv, kept: _Kept, routing_BK: Tensor, out: Tensor | None =
     width = kept.cut_US.shape[1]
     for piece_BK in (routing_BK,) if len(routing_BK) <= size else routing_BK.split(size):
         with without_autocast(experts_KF):
-            mixed_BF = _mixed(piece_BK.to(experts_KF.dtype), experts_KF, out)
+            mixed_BF = piece_BK.to(experts_KF.dtype) @ experts_KF
         yield from mixed_BF.view(len(piece_BK), -1, width)
 
 
-def _mixed(share_BK: Tensor, experts_KF: Tensor, out: Tensor | None) -> Tensor:
-    """The product of both. One row by a matrix runs on one thread, so it is cut into as many as there are threads."""
-    threads, total = torch.get_num_threads(), experts_KF.shape[1]
-    if len(share_BK) > 1 or threads == 1 or total % threads:
-        return torch.mm(share_BK, experts_KF, out=None if out is None else out.view(1, total))
-    parts_TKF = experts_KF.view(-1, threads, total // threads).transpose(0, 1)
-    return torch.bmm(share_BK.expand(threads, 1, -1), parts_TKF, out=None if out is None else out.view(threads, 1, -1))
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The experts cut for T threads, and where their mix goes: `mixed_DS` and `mixed_T1F` are the same memory."""
+
+    experts_TKF: Tensor
+    mixed_T1F: Tensor
+    mixed_DS: Tensor
+
+    @staticmethod
+    def of(experts_KF: Tensor, mixed_DS: Tensor) -> _Parts:
+        threads, total = torch.get_num_threads(), experts_KF.shape[1]
+        threads = 1 if total % threads else threads
+        parts_TKF = experts_KF.view(-1, threads, total // threads).transpose(0, 1)
+        return _Parts(parts_TKF, mixed_DS.view(threads, 1, -1), mixed_DS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +157,8 @@ class _Kept:
     tensor can come to lie at their address; `some` is a copy of a few static entries, `watched` sees them.
 
     `units` are the dynamic ones; `places` says where each unit lies if the static ones come first.
-    `experts_KF` are the layer's own dynamic values, not a copy; None where they are not in the mixing dtype.
+    `experts_KF` are the layer's own dynamic values, not a copy, and `parts` a view of them; None where they are not in
+    the mixing dtype, or the buffer is not.
     """
 
     weight: Tensor
@@ -132,6 +166,7 @@ class _Kept:
     units: Tensor
     places: Tensor
     experts_KF: Tensor | None
+    parts: _Parts | None
     sources: tuple[Tensor, ...]
     state: tuple[object, ...]
     watched: Tensor | None
@@ -197,9 +232,13 @@ def _filled(layer: PadLayer, dtype: torch.dtype, sources: tuple[Tensor, ...], pa
             watched = flat[:: max(len(flat) // COMPARED, 1)]
         experts_KF = _experts(layer)
         own = experts_KF.data_ptr() == sources[-1].data_ptr()
+        parts = None
+        if own and dtype == experts_KF.dtype:
+            first = len(units.static)
+            parts = _Parts.of(experts_KF, cut_US[first:] if packed else torch.empty_like(cut_US[first:]))
         return _Kept(
             weight, cut_US, units.dynamic, torch.cat([units.static, units.dynamic]).argsort(),
-            experts_KF if own else None, tuple(each.detach() for each in sources),
+            experts_KF if own else None, parts, tuple(each.detach() for each in sources),
             _state(sources), watched, None if watched is None else watched.clone(),
         )  # fmt: skip
 

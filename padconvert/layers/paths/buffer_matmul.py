@@ -39,11 +39,12 @@ def convolve(layer: PadConv, x: Tensor) -> Tensor:
     x, last = x.to(dtype), memory_format(x) is not torch.contiguous_format
     shape, outputs = x.shape[2:], layer.weight_shape[0]
     bias_BO = mixed(layer, "bias", routing_BK).to(dtype) if layer.has_bias else None
-    weights = buffer.written(layer, routing_BK, dtype)
     if len(x) == 1 and not last:
-        weight_OI, in_IP = next(weights).view(outputs, -1), x.reshape(x.shape[1], -1)
+        weight_OI = buffer.written_once(layer, routing_BK, dtype).view(outputs, -1)
+        in_IP = x.reshape(x.shape[1], -1)
         out_OP = torch.mm(weight_OI, in_IP) if bias_BO is None else torch.addmm(bias_BO.t(), weight_OI, in_IP)
         return out_OP.view(1, outputs, *shape)
+    weights = buffer.written(layer, routing_BK, dtype)
     maps_BIP = x.movedim(1, -1).flatten(1, -2).transpose(1, 2) if last else x.flatten(2)
     positions = maps_BIP.shape[2]
     if last:

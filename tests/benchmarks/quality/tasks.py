@@ -58,7 +58,7 @@ def _pictures(pixels: int, name: str, splits: Callable[[int], data.Splits], make
         pretrain=4000 if small else 8000,
         steps=2000 if small else 4000,
         batch=64 if small else 128,
-        rates=(0.003, 0.01),
+        rates=(0.01, 0.03),
         ratio=0.3,
     )
 
