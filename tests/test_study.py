@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.quality import data, nets, report, study, tasks, text
-from benchmarks.quality.arms import BASE, CHANNEL, DYNAMIC, PAD, RANDOM, STATIC, Arm
+import padconvert
+from benchmarks.quality import data, nets, report, routings, study, tasks, text
+from benchmarks.quality.arms import BASE, CHANNEL, DYNAMIC, PAD, RANDOM, STATIC, Arm, in_policys_words
 from benchmarks.quality.experiments import EXPERIMENTS, Experiment
 from padconvert.finetune.data.examples import Batch
 from padconvert.policy import load_policy
+from padconvert.rewrite import pad_layers
 
 CPU = torch.device("cpu")
 
@@ -98,11 +100,35 @@ def test_a_run_is_paired_and_repeats_itself() -> None:
     assert one["converted_bytes"] < 0.6 * full["converted_bytes"]
 
 
+@pytest.mark.parametrize("grouping", list(routings.GROUPINGS))
+def test_an_idea_of_routing_groups_samples_alike_in_every_layer(grouping: str) -> None:
+    """Brightness tells the two classes apart, and every layer sees it."""
+    settings = {**BASE, "train.batch_size": 64, "train.top_probability": 0.9, "defaults.num_experts": 2}
+    source = study.source_of(TINY, 0, CPU)
+    trainer = study.trainer_of(TINY, settings, source, 0, CPU)
+    model = tiny_network(0).eval()
+    padconvert.rewrite_(model, padconvert.plan(model, trainer.policy, inputs=torch.zeros(2, 3, 8, 8)))
+    routings.set_aligned_(model, trainer, grouping)
+    batch = trainer.data.train.batch(torch.arange(128))
+    assert batch.labels is not None
+    assert isinstance(batch.inputs, torch.Tensor)
+    chosen: list[torch.Tensor] = []
+    for layer in pad_layers(model).values():
+        layer.register_forward_pre_hook(lambda layer, args: chosen.append(layer.route(args[0]).argmax(1)))  # type: ignore[func-returns-value,operator]
+    model(batch.inputs)
+    groups = chosen[-1]
+    assert set(groups.tolist()) == {0, 1}
+    for each in chosen:
+        assert float((each == groups).float().mean()) > 0.9
+    agreement = float((groups == batch.labels).float().mean())
+    assert max(agreement, 1 - agreement) > 0.95
+
+
 def test_every_listed_arm_is_a_policy() -> None:
     for experiment in EXPERIMENTS:
         for name in experiment.tasks:
             for arm in experiment.arms:
-                load_policy(overrides=arm.overrides(BASE, tasks.TASKS[name].ratio))
+                load_policy(overrides=in_policys_words(arm.overrides(BASE, tasks.TASKS[name].ratio)))
     assert RANDOM.overrides(BASE, 0.3)["partition.score"] == "random"
     assert CHANNEL.overrides(BASE, 0.3)["defaults.granularity"] == "channel"
     assert DYNAMIC.overrides(BASE, 0.3)["defaults.dynamic_ratio"] == 1
@@ -137,9 +163,9 @@ def test_the_page_shows_every_arm_that_was_run(tmp_path: Path, monkeypatch: pyte
     scores[PAD, 0, 0.01] = (0.9, 0.5625)
     page = report.document(filled(tmp_path, scores))
     lines = [line for line in page.splitlines() if line.startswith(("| static", "| PAD", "| fully"))]
-    assert [line.split(" | ")[:5] for line in lines] == [
-        ["| static", "1", "0.01", "50.00", ""],
-        ["| PAD", "1", "0.01", "56.25", "+6.25"],
+    assert [line.split(" | ")[:6] for line in lines] == [
+        ["| static", "1", "0.01", "50.00", "", ""],
+        ["| PAD", "1", "0.01", "56.25", "", "+6.25"],
     ]
 
 

@@ -11,7 +11,10 @@ Setting = str | int | float
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """`settings` are laid over the study's own (`BASE`), in a policy's words; a static arm trains the source."""
+    """`settings` are laid over the study's own (`BASE`), in a policy's words; a static arm trains the source.
+
+    `study.grouping` is one of `routings.GROUPINGS`, in place of the product's first routing.
+    """
 
     name: str
     kind: Literal["static", "dynamic", "pad"]
@@ -31,6 +34,11 @@ class Arm:
         return whole
 
 
+def in_policys_words(settings: Mapping[str, Setting]) -> dict[str, Setting]:
+    """Without what only the study knows: settings under `study.`."""
+    return {key: value for key, value in settings.items() if not key.startswith("study.")}
+
+
 BASE: dict[str, Setting] = {
     "train.optimizer": "adamw",
     "train.distill_weight": 0.0,
@@ -43,8 +51,10 @@ PAD = Arm("PAD", "pad")
 RANDOM = PAD.but("PAD, random partition", partition__score="random")
 CHANNEL = PAD.but("PAD, channel", defaults__granularity="channel")
 
+LESS_SURE = PAD.but("PAD, less sure", train__top_probability=0.5)
+
 #: what else was tried; the settings say what
-IDEAS = (
+FIRST_IDEAS = (
     DYNAMIC.but("dynamic, routers not trained", train__router_lr_scale=0.0),
     DYNAMIC.but("dynamic, routers' rate × 1", train__router_lr_scale=1.0),
     DYNAMIC.but("dynamic, surer, not trained", train__top_probability=0.95, train__router_lr_scale=0.0),
@@ -56,8 +66,21 @@ IDEAS = (
     PAD.but("PAD, routers not trained", train__router_lr_scale=0.0),
     PAD.but("PAD, fisher", partition__score="fisher"),
     PAD.but("PAD, rounds early", train__warmup=0.1, train__partitioning=0.2),
-    PAD.but("PAD, less sure", train__top_probability=0.5),
+    LESS_SURE,
     PAD.but("PAD, less sure, not trained", train__top_probability=0.5, train__router_lr_scale=0.0),
     PAD.but("PAD, less sure, routers' rate × 1", train__top_probability=0.5, train__router_lr_scale=1.0),
     RANDOM.but("PAD, less sure, random partition", train__top_probability=0.5),
+)
+SECOND_IDEAS = (
+    LESS_SURE,
+    PAD.but("PAD, nearly uniform", train__top_probability=0.35),
+    PAD.but("PAD, grouped by the last layer", study__grouping="last layer"),
+    PAD.but("PAD, grouped by the first layer", study__grouping="first layer"),
+    PAD.but("PAD, grouped by class", study__grouping="classes"),
+    PAD.but("PAD, grouped by class, less sure", study__grouping="classes", train__top_probability=0.5),
+    PAD.but("PAD, routers' rate × 1", train__router_lr_scale=1.0),
+    PAD.but("PAD, rounds late", train__warmup=0.6, train__partitioning=0.3),
+    PAD.but("PAD, distilled too", train__objective="both", train__distill_weight=1.0),
+    PAD.but("PAD, layers apart", partition__scope="layer"),
+    PAD.but("PAD, κ = 0.6", defaults__dynamic_ratio=0.6),
 )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from benchmarks.quality.data import folder
+from padconvert.load import open_source
 
 
 class Block(nn.Module):
@@ -54,3 +58,14 @@ def mobilenet(classes: int) -> nn.Sequential:
     blocks = [Inverted(12, 12, 1), Inverted(12, 20, 2), Inverted(20, 20, 1), Inverted(20, 32, 2)]
     head = [nn.Conv2d(32, 96, 1, bias=False), nn.BatchNorm2d(96), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return nn.Sequential(*stem, *blocks, *head, nn.Linear(96, classes))
+
+
+def published_resnet20(seed: int) -> nn.Module:
+    """The ResNet-20 that was published for CIFAR-10 (91.73 % there), its head fresh, for other pictures."""
+    source = open_source(folder() / "weights" / "resnet20-12fca82f.th", arch="nets:resnet20", hash=False)
+    assert source.module is not None
+    head = source.module.get_submodule("linear")
+    assert isinstance(head, nn.Linear)
+    torch.manual_seed(seed)
+    head.reset_parameters()
+    return source.module

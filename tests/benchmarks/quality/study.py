@@ -11,6 +11,7 @@ import argparse
 import copy
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,10 +23,13 @@ import torch
 from torch import nn
 
 import padconvert
-from benchmarks.quality.arms import BASE, Arm
+from benchmarks.quality.arms import BASE, Arm, in_policys_words
 from benchmarks.quality.experiments import EXPERIMENTS, Experiment
+from benchmarks.quality.routings import set_aligned_
 from benchmarks.quality.tasks import TASKS, Task
 from padconvert.account import planned_totals
+from padconvert.finetune.data.examples import Subset
+from padconvert.finetune.data.preparation import Prepared
 from padconvert.finetune.data.sources import Data
 from padconvert.finetune.evaluate import evaluate
 from padconvert.finetune.train import Trainer
@@ -39,6 +43,9 @@ from padconvert.rewrite import pad_layers
 RESULTS = Path(__file__).resolve().parent / "results"
 #: trained sources; made again where they are missing
 SOURCES = Path(__file__).resolve().parents[3] / ".study"
+
+#: training examples that are scored after the training
+MOST_TRAINED = 4000
 
 Result = dict[str, Any]
 
@@ -139,7 +146,7 @@ def source_of(task: Task, seed: int, device: torch.device) -> nn.Module:
 
 
 def trainer_of(task: Task, settings: dict[str, Any], source: nn.Module, seed: int, device: torch.device) -> Trainer:
-    policy = load_policy(overrides=settings).policy
+    policy = load_policy(overrides=in_policys_words(settings)).policy
     train, held_out, _ = task.examples()
     return Trainer.of(policy, Data(train, held_out, ()), source, seed, device, Silent(), None)
 
@@ -161,8 +168,9 @@ def run_one(run: Run, device: torch.device) -> Result:
     uses = [] if plan is None else router_use(model, held_out, 500, device)
     return {
         **scores,
+        "train": evaluate(model, _without_augmentation(task), 500, device=device),
         "source_test": evaluate(source, test, 500, device=device),
-        **_sizes(plan, source),
+        **_sizes(plan, model),
         "step_cpu_seconds": round(took, 5),
         "router_entropy": [round(use.routing_entropy, 3) for use in uses],
         "torch": torch.__version__.partition("+")[0], "device": device.type, "threads": torch.get_num_threads(),
@@ -174,20 +182,50 @@ def _dynamic_(model: nn.Module, run: Run, trainer: Trainer) -> tuple[Plan, Parti
     assert isinstance(sample, torch.Tensor)
     plan = padconvert.plan(model, trainer.policy, inputs=sample, seed=run.seed)
     padconvert.rewrite_(model, plan)
-    trainer.set_routers_(model, pad_layers(model))
+    grouping = run.arm.settings.get("study.grouping")
+    if grouping is None:
+        trainer.set_routers_(model, pad_layers(model))
+    else:
+        set_aligned_(model, trainer, str(grouping))
     return plan, Partitioner(model, plan) if run.arm.kind == "pad" else None
 
 
-def _sizes(plan: Plan | None, source: nn.Module) -> Result:
+def _without_augmentation(task: Task) -> Prepared:
+    """Some of the training examples as the test sees its own: what an arm has learned of them, beside what it has
+    learned from them."""
+    train, held_out, _ = task.examples()
+    some = Subset(train.raw, torch.arange(min(MOST_TRAINED, len(train))))
+    return Prepared(some, held_out.preparation, train.metrics)
+
+
+def _sizes(plan: Plan | None, model: nn.Module) -> Result:
     if plan is None:
-        return {"parameters": sum(p.numel() for p in source.parameters())}
+        return {"parameters": sum(p.numel() for p in model.parameters())}
     totals = planned_totals(plan, 0)
     converted = plan.cost
     return {
         "parameters": totals.params_output,
         "converted_bytes": converted.bytes_values + converted.bytes_masks + converted.bytes_router,
         "macs": totals.macs_source,
+        "macs_more": _more_macs(plan, model),
     }
+
+
+def _more_macs(plan: Plan, model: nn.Module) -> int:
+    """Multiply-adds a sample beside the static network's: the routers' and the mixing's; of a layer with top-k, which
+    mixes nothing, those of each chosen expert after the first."""
+    infos = {layer.info.name: layer.info for layer in plan.layers}
+    more = 0
+    for name, layer in pad_layers(model).items():
+        macs = infos[name].macs or 0
+        positions = macs // math.prod(layer.weight_shape) if layer.top_k else 1
+        more += positions * sum(p.numel() for p in layer.router.parameters()) if layer.router is not None else 0
+        if layer.top_k:
+            share = layer.count_dynamic("weight") / layer.view("weight").units
+            more += round(macs * share * (layer.top_k - 1))
+        elif layer.weight_dynamic is not None:
+            more += layer.weight_dynamic.numel()
+    return more
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from benchmarks.quality import data, nets, text
 from padconvert.finetune.data.preparation import Preparation, Prepared
 
+FULL_SIZE = 32  # pixels
 Three = tuple[Prepared, Prepared, Prepared]
 
 
@@ -50,7 +51,8 @@ def _fresh(make: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def _pictures(pixels: int, name: str, splits: Callable[[int], data.Splits], make: Callable[[], nn.Module]) -> Task:
-    small = pixels < 32
+    """The source has only begun to learn: the static network gains much by training on."""
+    small = pixels < FULL_SIZE
     return Task(
         f"{name} ({pixels} px)",
         functools.partial(pictures, functools.partial(splits, pixels)),
@@ -63,6 +65,12 @@ def _pictures(pixels: int, name: str, splits: Callable[[int], data.Splits], make
     )
 
 
+def _finished(task: Task) -> Task:
+    """The same from a source that has been trained until little is left for it: what users convert."""
+    name = f"{task.name.removesuffix(')')}, finished)"
+    return replace(task, name=name, pretrain=4 * task.pretrain, pretrain_rate=0.03)
+
+
 def _texts(names: tuple[str, ...], steps: int, metric: str = "accuracy") -> Task:
     """The encoder starts as it was published: nothing is trained before but the head."""
     return Task(
@@ -72,13 +80,32 @@ def _texts(names: tuple[str, ...], steps: int, metric: str = "accuracy") -> Task
     )  # fmt: skip
 
 
+def _transfer(pixels: int) -> Task:
+    """The published CIFAR ResNet-20 to Fashion-MNIST: every arm begins with a fresh head."""
+    return Task(
+        f"ResNet-20 to Fashion-MNIST ({pixels} px)",
+        functools.partial(pictures, functools.partial(data.only_fashion, pixels)),
+        nets.published_resnet20,
+        pretrain=0,
+        steps=600 if pixels < FULL_SIZE else 3000,
+        batch=64 if pixels < FULL_SIZE else 128,
+        rates=(0.003, 0.01),
+        ratio=0.3,
+    )
+
+
 def _every() -> Iterator[Task]:
     for pixels in (16, 32):
-        yield _pictures(pixels, "two domains", data.two_domains, lambda: nets.resnet8(20))
-        yield _pictures(pixels, "sensors", data.sensors, lambda: nets.resnet8(10))
-        yield _pictures(pixels, "CIFAR-10", data.only_cifar10, lambda: nets.resnet8(10))
-        yield _pictures(pixels, "Fashion-MNIST", data.only_fashion, lambda: nets.resnet8(10, width=4))
-        yield _pictures(pixels, "CIFAR-10, mobile", data.only_cifar10, lambda: nets.mobilenet(10))
+        for task in (
+            _pictures(pixels, "two domains", data.two_domains, lambda: nets.resnet8(20)),
+            _pictures(pixels, "sensors", data.sensors, lambda: nets.resnet8(10)),
+            _pictures(pixels, "CIFAR-10", data.only_cifar10, lambda: nets.resnet8(10)),
+            _pictures(pixels, "Fashion-MNIST", data.only_fashion, lambda: nets.resnet8(10, width=4)),
+            _pictures(pixels, "CIFAR-10, mobile", data.only_cifar10, lambda: nets.mobilenet(10)),
+        ):
+            yield task
+            yield _finished(task)
+        yield _transfer(pixels)
     for steps in (150, 800):
         yield _texts(("SST-2",), steps)
         yield _texts(("CoLA",), steps, metric="matthews")
