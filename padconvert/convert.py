@@ -10,14 +10,12 @@ from torch import nn
 
 from padconvert.account import card_lines, file_totals, layer_results, planned_totals
 from padconvert.checkpoint.read import read_checkpoint
-from padconvert.checkpoint.save import PROBE_SAMPLES
 from padconvert.checkpoint.whole_file import write_text
 from padconvert.checkpoint.whole_folder import check_folder_target
 from padconvert.checkpoint.write import check_target
 from padconvert.checksum import Checksum
 from padconvert.errors import UsageError, VerificationError
 from padconvert.finetune.data.sources import Data
-from padconvert.finetune.objectives import dtype_of
 from padconvert.finetune.train import check_rounds, objective_of
 from padconvert.finetune.usage import collapse_warnings
 from padconvert.fold import fold_
@@ -36,11 +34,10 @@ from padconvert.results import Comparison, Conversion, Equality, Gate, OutputFil
 from padconvert.seal import Seal, becomes_folder
 from padconvert.stream import Stream, stream
 from padconvert.surroundings import Clock, resumable, settled
-from padconvert.task import open_task
+from padconvert.task import open_task, walk_with
 from padconvert.verify import Call, calls_on, equality
-from padconvert.walk import walk, walk_trying
 from padconvert.walk.info import Walk
-from padconvert.walk.probe import ProbeSpec, probe_of_batch
+from padconvert.walk.probe import ProbeSpec
 
 SUFFIX = ".pad.safetensors"
 
@@ -69,7 +66,7 @@ def convert(
         clock.lap("load")
 
         progress.stage("plan")
-        walked = _walked(opened.static, options, data)
+        walked = walk_with(opened.static, options, data)
         plan, why_not = _plan(opened, walked, resolved, options, data)
         if options.plan_out is not None:
             write_text(options.plan_out, plan_to_json(plan))
@@ -214,23 +211,6 @@ def _check_fits(source: Path, options: ConvertOptions) -> None:
 
 
 # ---- plan --------------------------------------------------------------------------------------------------------
-
-
-def _walked(model: nn.Module, options: ConvertOptions, data: Data | None) -> Walk:
-    """The walk, called with inputs as told, as the data has them, or found by trying; with the samples of a record, so
-    that its outputs are the record's."""
-    if options.input_shape is not None:
-        walked = walk_trying(model, (1, *options.input_shape), PROBE_SAMPLES)
-        if walked.probe is None:
-            shape = ",".join(map(str, (1, *options.input_shape)))
-            raise UsageError(
-                f"--input-shape {shape}: the model's forward does not take it. Leave it out to have one found."
-            )
-        return walked
-    if data is not None:
-        some = data.train.batch(torch.arange(min(8, len(data.train))))
-        return walk(model, probe_of_batch(some.to("cpu", dtype_of(model)).inputs), PROBE_SAMPLES)
-    return walk_trying(model, None, PROBE_SAMPLES)
 
 
 def _plan(

@@ -5,24 +5,30 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from padconvert.account import idle_numbers, layer_results, planned_totals
 from padconvert.checkpoint.header import Header
 from padconvert.checkpoint.layout import all_expected
 from padconvert.checkpoint.manifest import LayerEntry, Manifest
 from padconvert.checkpoint.read import is_artefact, read_checkpoint
-from padconvert.errors import NothingEligibleError
+from padconvert.errors import NothingEligibleError, UsageError
+from padconvert.kinds import kinds_of_inputs, said_of_kinds
 from padconvert.layers.packed import UnitView
 from padconvert.listing import list_tensors, of_tensors, unconverted
 from padconvert.load import Source, open_source
+from padconvert.load.opened import open_input
 from padconvert.options import ConvertOptions
 from padconvert.plan import ITEMSIZE, Plan, make_plan
 from padconvert.plan.cost import active_copies
 from padconvert.plan.decide import verdicts
+from padconvert.progress import Silent
 from padconvert.results import Holdings, Inspection, LayerResult
+from padconvert.task import open_task, walk_with
 from padconvert.walk import LayerInfo, walk_trying
 from padconvert.words import Reason, Verdict
 
@@ -34,9 +40,15 @@ def inspect_file(path: str | Path, options: ConvertOptions) -> Inspection:
     """
     path = Path(path)
     if is_artefact(path):
+        if options.data:
+            raise UsageError(f"--data: {path} is an artefact, whose routers are set; name the source instead.")
         return _of_artefact(path)
     if options.arch is None and (listed := list_tensors(path)) is not None:
+        if options.data:
+            raise UsageError(f"--data: {path} holds only tensors; name what builds its model with --arch.")
         return listed
+    if options.data:
+        return _with_kinds(path, options)
     source = open_source(
         path,
         arch=options.arch,
@@ -103,6 +115,22 @@ def _predicted(plan: Plan, source_bytes: int) -> Holdings:
     shared = {field.name for field in fields(Holdings)} & {field.name for field in fields(totals)} - {"bytes_header"}
     alike: dict[str, Any] = {name: getattr(totals, name) for name in shared}
     return Holdings(layers=len(plan.layers), converted=len(plan.converted), **alike)
+
+
+def _with_kinds(path: Path, options: ConvertOptions) -> Inspection:
+    """A source beside data: what a conversion with them would do, and of how many kinds each layer's inputs are.
+
+    Raises NothingEligibleError where no layer would be converted, and what reading the data raises.
+    """
+    policy = options.resolve_policy()
+    opened, data = open_task(open_input(path, options, torch.device("cpu")), policy.policy, options, Silent())
+    assert data is not None, "data were named"
+    walked = walk_with(opened.static, options, data)
+    plan = make_plan(walked, policy, route="trained", seed=options.seed, tensors=opened.sizes)
+    kinds = kinds_of_inputs(opened, plan, data, options.seed)
+    layers = tuple(replace(layer, separation=kinds.get(layer.name)) for layer in layer_results(plan, None))
+    notes = (*opened.notes, *walked.notes, *plan.notes, said_of_kinds(kinds))
+    return Inspection(str(path), opened.kind, opened.bytes, _predicted(plan, opened.bytes), layers, notes)
 
 
 # ---- an artefact

@@ -85,6 +85,7 @@ class LayerResult:
     group: str = ""  # first layer of the feed-forward block that it is converted with
     place: str = "alone"  # in that block: "first", "peer" or "last"
     top_k: int | None = None  # experts computed for a token; 0: all of them, mixed
+    separation: float | None = None  # how far its inputs fall into `num_experts` kinds; of `inspect --data`
 
 
 @dataclass(frozen=True, slots=True)

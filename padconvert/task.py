@@ -7,17 +7,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+from padconvert.checkpoint.save import PROBE_SAMPLES
 from padconvert.errors import FileError, UsageError
 from padconvert.finetune.data.readers import table
 from padconvert.finetune.data.sources import Data, open_data
 from padconvert.finetune.data.tokenizer import Tokenizer, tokenizer_of
 from padconvert.finetune.head import train_head_
+from padconvert.finetune.objectives import dtype_of
 from padconvert.load.directory_files import read_config
 from padconvert.load.directory_head import has_head, with_head
 from padconvert.load.opened import Opened
 from padconvert.options import ConvertOptions
 from padconvert.policy import Policy
 from padconvert.progress import Progress
+from padconvert.walk import walk, walk_trying
+from padconvert.walk.info import Walk
+from padconvert.walk.probe import probe_of_batch
 from padconvert.walk.quiet import device_of
 
 #: networks whose table of positions begins after the padding's number, as RoBERTa's does
@@ -42,6 +50,23 @@ def open_task(
     words = None if headless else label_numbers(opened.architecture)
     data = open_data(policy.data, seed=options.seed, tokenizer=tokenizer, label2id=words)
     return (_with_trained_head(opened, data, policy, options, tokenizer, progress) if headless else opened), data
+
+
+def walk_with(model: nn.Module, options: ConvertOptions, data: Data | None) -> Walk:
+    """The walk, called with inputs as told, as the data has them, or found by trying; with the samples of a record, so
+    that its outputs are the record's."""
+    if options.input_shape is not None:
+        walked = walk_trying(model, (1, *options.input_shape), PROBE_SAMPLES)
+        if walked.probe is None:
+            shape = ",".join(map(str, (1, *options.input_shape)))
+            raise UsageError(
+                f"--input-shape {shape}: the model's forward does not take it. Leave it out to have one found."
+            )
+        return walked
+    if data is not None:
+        some = data.train.batch(torch.arange(min(8, len(data.train))))
+        return walk(model, probe_of_batch(some.to("cpu", dtype_of(model)).inputs), PROBE_SAMPLES)
+    return walk_trying(model, None, PROBE_SAMPLES)
 
 
 def tokenizer_for(path: Path, policy: Policy, data: Sequence[str]) -> Tokenizer | None:

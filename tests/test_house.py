@@ -36,6 +36,7 @@ ORDER = [
     ["export", "hf"],
     ["load"],
     ["account", "task"],
+    ["kinds"],
     ["contenders"],
     ["layer_times"],
     ["verify", "verify_hf", "bench", "inspection", "listing", "doctor"],

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -60,6 +61,40 @@ def test_a_source_lists_every_layer_with_its_reason_and_what_would_be_made(sourc
     assert found.totals.params_output == numbers + 3 * (65 + bias_dynamic) + router
     assert found.totals.params_fully_dynamic == numbers + 3 * (entries + 6) + router
     assert (found.totals.layers, found.totals.converted, found.trained) == (4, 1, None)
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_data_tell_of_how_many_kinds_the_inputs_are(
+    several: bool, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pictures of four kinds, each bright in another way, or of one."""
+    random = np.random.RandomState(0)
+    kind = random.randint(0, 4, 400) if several else np.zeros(400)
+    x = random.rand(400, 1, 8, 8) + 6 * kind[:, None, None, None]
+    np.savez("train.npz", x=x.astype(np.float32), y=random.randint(0, 2, 400))
+    assert main(["inspect", str(source), "--data", "train.npz", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    found = {layer["name"]: layer["separation"] for layer in said["layers"]}
+    assert set(found) == {"0", "1", "2", "4"}
+    assert [name for name, value in found.items() if value is not None] == ["1"]
+    assert (found["1"] > 0.5) is several
+    words = "of several kinds" if several else "of one kind"
+    assert any(words in note for note in said["notes"])
+    assert main(["inspect", str(source), "--data", "train.npz"]) == 0
+    shown = capsys.readouterr().out
+    assert any(line.split()[:1] == ["layer"] and line.split()[-1] == "kinds" for line in shown.splitlines())
+    assert words in " ".join(shown.split())
+
+
+def test_data_are_for_a_source_that_can_be_called(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez("train.npz", x=np.zeros((8, 1, 8, 8), np.float32), y=np.zeros(8, np.int64))
+    save_file(dict(network().state_dict()), "model.safetensors")
+    assert main(["inspect", "model.safetensors", "--data", "train.npz"]) == 2
+    assert "name what builds its model with --arch" in capsys.readouterr().err
+    assert main(["convert", str(source), "-o", "made.pad.safetensors"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", "made.pad.safetensors", "--data", "train.npz"]) == 2
+    assert "name the source instead" in capsys.readouterr().err
 
 
 def test_nothing_eligible_is_a_finding_and_no_error(in_tmp: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from padconvert.layers.build import Static, build_layer, upcycle
 from padconvert.layers.conv import PadConv1d, PadConv2d
+from padconvert.layers.kmeans import separation
 from padconvert.layers.linear import PadLinear
 from padconvert.layers.packed import pack_bits, unpack_bits
 from padconvert.layers.pad import PadLayer
@@ -277,6 +278,24 @@ def test_kmeans_of_equal_points_is_no_error() -> None:
     router = linear.Router(3, 4)
     router.initialise_(torch.ones(10, 3), torch.Generator().manual_seed(0))
     assert torch.allclose(router(torch.ones(1, 3)), torch.full((1, 4), 0.25))
+
+
+@pytest.mark.parametrize(("apart", "low", "high"), [(0.0, -0.06, 0.06), (12.0, 0.9, 1.0)])
+def test_separation_tells_groups_from_one_cloud(apart: float, low: float, high: float) -> None:
+    """Four groups of deviation 1 round corners `apart` from each other. The channels' units do not count."""
+    generator = torch.Generator().manual_seed(0)
+    corners = apart * torch.tensor([[0.0, 0, 0], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
+    points_NC = (corners[:, None] + torch.randn(4, 500, 3, generator=generator)).flatten(0, 1)
+    scale = torch.tensor([1e-3, 1.0, 1e3])
+    found = separation(points_NC * scale, 4, torch.Generator().manual_seed(1))
+    assert low < found < high
+    assert separation(points_NC, 4, torch.Generator().manual_seed(1)) == pytest.approx(found, abs=1e-6)
+
+
+@pytest.mark.parametrize("points", [torch.ones(10, 3), torch.zeros(4, 1), torch.eye(4)])
+def test_separation_of_few_or_equal_points_is_no_error(points: torch.Tensor) -> None:
+    found = separation(points, 4, torch.Generator().manual_seed(0))
+    assert -1 <= found <= 1
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=70))

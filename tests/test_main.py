@@ -26,7 +26,8 @@ OPTIONS = {
     "--lr --compare --max-shard-size "
     "--work-dir --seed --device --dry-run --plan-out --force --json --report --quiet -q --max-accuracy-drop --max-size "
     "--max-memory --require-layers --strict",
-    "inspect": "--policy --preset --set --arch --arch-arg --input-shape --trust --state-key --audit --json",
+    "inspect": "--policy --preset --set --arch --arch-arg --input-shape --trust --state-key --data --text-column "
+    "--task --seed --audit --json",
     "verify": "--against --data --loader --arch --arch-arg --trust --state-key --device --json",
     "export": "--output -o --format --trust --force --json",
     "bench": "--against --batch-size --threads --layers --quick --input-shape --data --arch --arch-arg --trust "

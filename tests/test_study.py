@@ -114,7 +114,7 @@ def test_an_idea_of_routing_groups_samples_alike_in_every_layer(grouping: str) -
     assert isinstance(batch.inputs, torch.Tensor)
     chosen: list[torch.Tensor] = []
     for layer in pad_layers(model).values():
-        layer.register_forward_pre_hook(lambda layer, args: chosen.append(layer.route(args[0]).argmax(1)))  # type: ignore[func-returns-value,operator]
+        layer.register_forward_pre_hook(lambda layer, args: chosen.append(layer.route(args[0]).argmax(1)))
     model(batch.inputs)
     groups = chosen[-1]
     assert set(groups.tolist()) == {0, 1}

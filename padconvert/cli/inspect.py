@@ -20,6 +20,16 @@ def inspect(
     input_shape: arg.InputShape = None,
     trust: arg.Trust = None,
     state_key: arg.StateKey = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Training data: also say of how many kinds each layer's inputs are, which decides what experts gain.",
+        ),
+    ] = None,
+    text_column: arg.TextColumn = None,
+    task: arg.Task = None,
+    seed: arg.Seed = 0,
     audit: Annotated[
         bool,
         typer.Option("--audit", help="Say whether the file is safe to load, without loading it: exit code 6 if not."),
@@ -33,15 +43,15 @@ def inspect(
     if audit:
         _audit(path, tuple(trust or ()), as_json)
         return
-    parse.allow_own_code([arch, *(trust or ())])
+    parse.allow_own_code([arch, *(trust or ())], data or ())
     options = ConvertOptions(
         policy=policy, preset=preset, sets=tuple(settings or ()), working_file=parse.working_file(), arch=arch,
         arch_args=parse.arch_args(arch_arg), input_shape=parse.input_shape(input_shape), trust=tuple(trust or ()),
-        state_key=state_key,
+        state_key=state_key, data=tuple(data or ()), text_columns=tuple(text_column or ()), task=task, seed=seed,
     )  # fmt: skip
     from padconvert.listing import list_tensors
 
-    if options.arch is None and (listed := list_tensors(path)) is not None:
+    if options.arch is None and not options.data and (listed := list_tensors(path)) is not None:
         run.show(listed, as_json=as_json)
         return
     from padconvert.inspection import inspect_file

@@ -161,13 +161,13 @@ def scoring_losses(model: nn.Module, need: Need, setting: Setting, t: int) -> li
     return [loss_of(place, indices) for place, indices in enumerate(numbers)]
 
 
-def routing_forwards(model: nn.Module, setting: Setting) -> Sequence[Callable[[], object]]:
+def routing_forwards(model: nn.Module, batches: Batches, device: torch.device) -> Sequence[Callable[[], object]]:
     """Forward calls over a few training batches, for the routers' initialisation."""
 
     def run_one(step: int) -> Callable[[], object]:
-        return lambda: forward(model, _moved(setting.batches.at(step), model, setting.device).inputs)
+        return lambda: forward(model, _moved(batches.at(step), model, device).inputs)
 
-    return [run_one(step) for step in range(min(16, setting.batches.per_epoch))]
+    return [run_one(step) for step in range(min(16, batches.per_epoch))]
 
 
 # ---- non-finite losses -------------------------------------------------------------------------------------------

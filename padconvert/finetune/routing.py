@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from padconvert.layers.kmeans import separation
 from padconvert.layers.pad import PadLayer
 from padconvert.layers.padding import real_tokens
 from padconvert.walk.quiet import evaluating
@@ -28,6 +29,35 @@ def set_routers_(
     All layers see the source's own activations, since upcycling has kept the function. A layer that saw nothing,
     or less than one point an expert, keeps its seeded random router.
     """
+    seen = pooled_inputs(model, layers, forwards)
+    for index, (name, layer) in enumerate(layers.items()):
+        if name in seen and layer.router is not None:
+            layer.router.initialise_(seen[name], _generator(seed, index), top_probability)
+
+
+def separations(
+    model: nn.Module, layers: Mapping[str, PadLayer], forwards: Iterable[Callable[[], object]], seed: int
+) -> dict[str, float]:
+    """How far each layer's pooled inputs fall into as many kinds as it has experts (`kmeans.separation`), by layer.
+
+    Layers without a router of their own, and those that saw too little, are left out.
+    """
+    seen = pooled_inputs(model, layers, forwards)
+    places = {name: index for index, name in enumerate(layers)}
+    return {
+        name: separation(points_NC, layers[name].num_experts, _generator(seed, places[name]))
+        for name, points_NC in seen.items()
+    }
+
+
+def _generator(seed: int, index: int) -> Generator:
+    return Generator().manual_seed(seed * 1_000_003 + index)
+
+
+def pooled_inputs(
+    model: nn.Module, layers: Mapping[str, PadLayer], forwards: Iterable[Callable[[], object]]
+) -> dict[str, Tensor]:
+    """What the routers read during `forwards`: [N, C] by layer, N from the layer's experts to `MOST_POINTS`."""
     seen: dict[str, list[Tensor]] = {name: [] for name, layer in layers.items() if layer.router is not None}
     hooks = [layers[name].register_forward_pre_hook(_watch(points)) for name, points in seen.items()]
     try:
@@ -37,11 +67,8 @@ def set_routers_(
     finally:
         for hook in hooks:
             hook.remove()
-    for index, (name, layer) in enumerate(layers.items()):
-        points_NC = torch.cat(seen[name])[:MOST_POINTS] if seen.get(name) else torch.empty(0)
-        if layer.router is not None and len(points_NC) >= layer.num_experts:
-            generator = Generator().manual_seed(seed * 1_000_003 + index)
-            layer.router.initialise_(points_NC, generator, top_probability)
+    joined = {name: torch.cat(points)[:MOST_POINTS] for name, points in seen.items() if points}
+    return {name: points_NC for name, points_NC in joined.items() if len(points_NC) >= layers[name].num_experts}
 
 
 def _watch(seen: list[Tensor]) -> Callable[[nn.Module, Any], None]:

@@ -56,7 +56,7 @@ class Trainer:
 
     def set_routers_(self, model: nn.Module, layers: Mapping[str, PadLayer]) -> None:
         """Set the routers from what the layers see of the training data."""
-        forwards = routing_forwards(model, self.setting)
+        forwards = routing_forwards(model, self.setting.batches, self.setting.device)
         set_routers_(model, layers, forwards, self.setting.seed, self.policy.train.top_probability)
 
     def fit_(self, model: nn.Module, partitioner: Partitioner | None, name: str) -> list[dict[str, float]]:

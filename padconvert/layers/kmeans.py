@@ -37,6 +37,34 @@ def _spread_start(points_NC: Tensor, clusters: int, generator: Generator) -> Ten
     return points_NC[chosen]
 
 
+def separation(points_NC: Tensor, clusters: int, generator: Generator) -> float:
+    """How far points fall into groups, beyond what one cloud of their covariance would: 0 for a normal cloud, 1 where
+    every point lies on its group's centre. Channels count alike, whatever their scale.
+
+    (S − S₀) / (1 − S₀), with S the share of the points' variance that `clusters` k-means centres explain, and S₀ the
+    same of as many normal points with their covariance: the idea of the gap statistic (Tibshirani et al., 2001), as a
+    share of what is left to explain. Below 0 by chance, or where the cloud is rounder than normal.
+    """
+    points_NC = points_NC.double()
+    deviation_C = points_NC.std(0, unbiased=False)
+    points_NC = (points_NC - points_NC.mean(0)) / torch.where(deviation_C > 0, deviation_C, 1.0)
+    value_C, vector_CC = torch.linalg.eigh(points_NC.T @ points_NC / len(points_NC))
+    # an eigenvector's sign is the library's choice; that of a symmetric square root is not
+    root_CC = (vector_CC * value_C.clamp_min(0).sqrt()) @ vector_CC.T
+    cloud_NC = torch.randn(points_NC.shape, dtype=torch.float64, generator=generator) @ root_CC
+    found, chance = (_explained(each, clusters, generator) for each in (points_NC, cloud_NC))
+    return (found - chance) / (1 - chance) if chance < 1 else 0.0
+
+
+def _explained(points_NC: Tensor, clusters: int, generator: Generator, starts: int = 3) -> float:
+    """The share of the variance that the best of some k-means explains."""
+    total = float(points_NC.square().sum())
+    if total == 0:
+        return 0.0
+    centred = [torch.cdist(points_NC, kmeans(points_NC, clusters, generator)).amin(1) for _ in range(starts)]
+    return 1 - min(float(distance_N.square().sum()) for distance_N in centred) / total
+
+
 def balancing_bias(logits_NK: Tensor, top_k: int, rounds: int = 200) -> Tensor:
     """What to add to the logits [K] so that each of K experts is among the `top_k` highest for about as many points.
 

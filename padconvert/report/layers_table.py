@@ -38,8 +38,11 @@ def layers_table(layers: Sequence[LayerResult], *, limit: int | None = None) -> 
     for name in ("κ", "K", "static", "dynamic"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("share", no_wrap=True)
+    kinds = any(layer.separation is not None for layer in layers)
+    if kinds:
+        table.add_column("kinds", justify="right", no_wrap=True)
     for row in shown:
-        table.add_row(*_row(row, units))
+        table.add_row(*_row(row, units), *([_kinds(row.layer)] if kinds else []))
     hidden = len(layers) - sum(row.count for row in shown)
     more = Text(f"… and {hidden} more layers: --json and --plan-out list all of them", style="dim") if hidden else None
     parts: list[RenderableType] = [table, *([more] if more else []), Text(_counts(layers), style="dim")]
@@ -76,6 +79,11 @@ def _row(row: Row, units: bool) -> list[RenderableType]:
         return [*cells, "", "", ""]
     filled = Text(numbers.bar(layer.n_dynamic / (layer.n_static + layer.n_dynamic), BAR_WIDTH), style="cyan")
     return [*cells, f"{layer.n_static:,}", f"{layer.n_dynamic:,}", filled]
+
+
+def _kinds(layer: LayerResult) -> str:
+    """How far the layer's inputs fall into kinds."""
+    return "" if layer.separation is None else f"{layer.separation:.2f}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from padconvert.results import LayerResult
 from padconvert.words import Place
@@ -18,9 +19,12 @@ BRANCHES = {Place.PEER.value: "├ ", Place.LAST.value: "└ "}
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One layer, or `count` layers that differ in a number of their names only: `layer` is the first of them, `name`
-    says all of them, as `encoder.layer.{0…5}.attention.self.query`. `branch` joins it to its block's first layer; then
-    `name` is without what both names begin with."""
+    """One layer, or `count` layers that differ in a number of their names only.
+
+    `layer` is the first of them, its `separation` their mean; `name` says all of them, as
+    `encoder.layer.{0…5}.attention.self.query`. `branch` joins it to its block's first layer; then `name` is without
+    what both names begin with.
+    """
 
     layer: LayerResult
     name: str
@@ -77,7 +81,8 @@ def _folded(units: Sequence[_Unit]) -> list[_Unit]:
         for members in classes.values():
             if len(members) > 1:
                 numbers = tuple(left[i].layers[0].name.split(".")[at] for i in members)
-                left[members[0]] = replace(left[members[0]], at=at, numbers=numbers)
+                together = tuple(map(_mean, zip(*(left[i].layers for i in members), strict=True)))
+                left[members[0]] = _Unit(together, at, numbers)
                 for i in members[1:]:
                     left[i] = replace(left[i], layers=())
         left = [unit for unit in left if unit.layers]
@@ -93,8 +98,14 @@ def _key(unit: _Unit, at: int) -> Hashable | None:
         if layer.aliases or len(parts) <= at or not parts[at].isdecimal() or number not in (None, parts[at]):
             return None
         number = parts[at]
-        kept.append(replace(layer, name=".".join((*parts[:at], "", *parts[at + 1 :])), group=""))
+        kept.append(replace(layer, name=".".join((*parts[:at], "", *parts[at + 1 :])), group="", separation=None))
     return tuple(kept)
+
+
+def _mean(layers: Sequence[LayerResult]) -> LayerResult:
+    """Equal layers as one: what was measured of each becomes its mean."""
+    known = [layer.separation for layer in layers if layer.separation is not None]
+    return replace(layers[0], separation=fmean(known) if known else None)
 
 
 def _spread(name: str, at: int, numbers: Sequence[str]) -> str:

@@ -79,6 +79,7 @@ SECOND_IDEAS = (
     PAD.but("PAD, grouped by class", study__grouping="classes"),
     PAD.but("PAD, grouped by class, less sure", study__grouping="classes", train__top_probability=0.5),
     PAD.but("PAD, routers' rate × 1", train__router_lr_scale=1.0),
+    PAD.but("PAD, less sure, routers' rate × 1", train__top_probability=0.5, train__router_lr_scale=1.0),
     PAD.but("PAD, rounds late", train__warmup=0.6, train__partitioning=0.3),
     PAD.but("PAD, distilled too", train__objective="both", train__distill_weight=1.0),
     PAD.but("PAD, layers apart", partition__scope="layer"),

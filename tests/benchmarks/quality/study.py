@@ -127,7 +127,7 @@ def missing(experiments: Sequence[Experiment], results: Results, tasks: Sequence
 
 def source_of(task: Task, seed: int, device: torch.device) -> nn.Module:
     """The trained static network that every arm starts from; the same for the same task, terms and seed."""
-    terms = hashlib.sha256(json.dumps([task.name, task.said, task.pretrain_rate, seed]).encode()).hexdigest()[:16]
+    terms = hashlib.sha256(json.dumps([*task.source, seed]).encode()).hexdigest()[:16]
     path = SOURCES / f"{terms}-{device.type}.pt"
     network = task.network(seed).to(device)
     if not task.pretrain:

@@ -19,7 +19,8 @@ Three = tuple[Prepared, Prepared, Prepared]
 @dataclass(frozen=True, slots=True)
 class Task:
     """`examples` are (train, held out, test). `pretrain` steps make the source of a fresh `network(seed)`, `steps` more
-    every arm. `rates` is what an arm may choose its learning rate from, by `metric` on what is held out."""
+    every arm. `rates` is what an arm may choose its learning rate from, by `metric` on what is held out. Tasks of one
+    `family` that train their source alike share it."""
 
     name: str
     examples: Callable[[], Three]
@@ -31,6 +32,12 @@ class Task:
     ratio: float
     pretrain_rate: float = 0.01
     metric: str = "accuracy"
+    family: str = ""
+
+    @property
+    def source(self) -> list[object]:
+        """What a source depends on besides the seed."""
+        return [self.family or self.name, self.pretrain, self.pretrain_rate, self.batch]
 
     @property
     def said(self) -> dict[str, object]:
@@ -68,7 +75,13 @@ def _pictures(pixels: int, name: str, splits: Callable[[int], data.Splits], make
 def _finished(task: Task) -> Task:
     """The same from a source that has been trained until little is left for it: what users convert."""
     name = f"{task.name.removesuffix(')')}, finished)"
-    return replace(task, name=name, pretrain=4 * task.pretrain, pretrain_rate=0.03)
+    return replace(task, name=name, pretrain=4 * task.pretrain, pretrain_rate=0.03, family=name)
+
+
+def _long(task: Task) -> Task:
+    """The same source trained four times as long, at the rate that all arms chose before."""
+    name = f"{task.name.removesuffix(')')}, long)"
+    return replace(task, name=name, steps=4 * task.steps, rates=(0.01,))
 
 
 def _texts(names: tuple[str, ...], steps: int, metric: str = "accuracy") -> Task:
@@ -105,6 +118,7 @@ def _every() -> Iterator[Task]:
         ):
             yield task
             yield _finished(task)
+            yield _long(_finished(task))
         yield _transfer(pixels)
     for steps in (150, 800):
         yield _texts(("SST-2",), steps)

@@ -1,0 +1,40 @@
+"""Of how many kinds a network's inputs are: before a conversion, a look at whether experts have something to divide.
+
+Where one network serves several domains, what its layers see falls into groups that k-means finds, and experts can each
+take one. Where inputs are of one kind there is one cloud, cut anyhow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+
+import torch
+
+from padconvert.finetune.data.batches import Batches
+from padconvert.finetune.data.sources import Data
+from padconvert.finetune.loop import routing_forwards
+from padconvert.finetune.routing import separations
+from padconvert.load.opened import Opened
+from padconvert.plan import Plan
+from padconvert.rewrite import pad_layers
+
+#: a mean separation from which inputs are called several kinds
+SEVERAL = 0.15
+
+
+def kinds_of_inputs(opened: Opened, plan: Plan, data: Data, seed: int) -> dict[str, float]:
+    """The `separation` (`layers/kmeans.py`) of what each converted layer sees of the training data, by its name."""
+    model = opened.dynamic_copy(plan)
+    batches = Batches(data.train, plan.policy.train.batch_size, seed)
+    forwards = routing_forwards(model, batches, torch.device("cpu"))
+    return separations(model, pad_layers(model), forwards, seed)
+
+
+def said_of_kinds(kinds: Mapping[str, float]) -> str:
+    """One line for a person."""
+    if not kinds:
+        return "too few examples to tell of how many kinds the inputs are"
+    mean = fmean(kinds.values())
+    verdict = "of several kinds, which experts can divide" if mean >= SEVERAL else "of one kind: little to divide"
+    return f"the inputs of {len(kinds)} layers fall apart by {mean:.2f} on average (0 one cloud, 1 points): {verdict}"
