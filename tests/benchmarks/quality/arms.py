@@ -51,6 +51,13 @@ PAD = Arm("PAD", "pad")
 RANDOM = PAD.but("PAD, random partition", partition__score="random")
 CHANNEL = PAD.but("PAD, channel", defaults__granularity="channel")
 
+#: one grouping of the samples for all layers
+GROUPED = {"study__grouping": "last layer"}
+DYNAMIC_GROUPED = DYNAMIC.but("fully dynamic, grouped", **GROUPED)
+PAD_GROUPED = PAD.but("PAD, grouped by the last layer", **GROUPED)
+RANDOM_GROUPED = RANDOM.but("PAD, grouped, random partition", **GROUPED)
+CHANNEL_GROUPED = CHANNEL.but("PAD, grouped, channel", **GROUPED)
+
 LESS_SURE = PAD.but("PAD, less sure", train__top_probability=0.5)
 
 #: what else was tried; the settings say what
@@ -74,7 +81,7 @@ FIRST_IDEAS = (
 SECOND_IDEAS = (
     LESS_SURE,
     PAD.but("PAD, nearly uniform", train__top_probability=0.35),
-    PAD.but("PAD, grouped by the last layer", study__grouping="last layer"),
+    PAD_GROUPED,
     PAD.but("PAD, grouped by the first layer", study__grouping="first layer"),
     PAD.but("PAD, grouped by class", study__grouping="classes"),
     PAD.but("PAD, grouped by class, less sure", study__grouping="classes", train__top_probability=0.5),

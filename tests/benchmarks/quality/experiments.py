@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.quality.arms import CHANNEL, DYNAMIC, FIRST_IDEAS, PAD, RANDOM, SECOND_IDEAS, STATIC, Arm
+from benchmarks.quality.arms import (
+    CHANNEL,
+    CHANNEL_GROUPED,
+    DYNAMIC,
+    DYNAMIC_GROUPED,
+    FIRST_IDEAS,
+    PAD,
+    PAD_GROUPED,
+    RANDOM,
+    RANDOM_GROUPED,
+    SECOND_IDEAS,
+    STATIC,
+    Arm,
+)
 
 SEEDS = (0, 1, 2)
 
@@ -33,7 +46,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "half as long again. All arms at the rate 0.01, which each of them chose on held-out data in the shorter runs "
         "below.",
         ("two domains (16 px, finished, long)", "CIFAR-10 (16 px, finished, long)"),
-        MAIN,
+        (STATIC, DYNAMIC_GROUPED, PAD_GROUPED, RANDOM_GROUPED, PAD, CHANNEL_GROUPED),
     ),
     Experiment(
         "Finished sources",

@@ -129,7 +129,7 @@ with the same augmentation: the static network itself, the fully dynamic one, an
 K = 4, `element` unless said) whose dynamic entries are chosen by their score, or at random. The learning rate of each
 arm is chosen from the same grid on held-out training data with the first seed; the test set chooses nothing.
 ± is half a 95 % interval of Student's t over seeds, differences are pair by pair. *On training data* is the same metric
-on 4,000 of the examples that were trained on. *Bytes* are those of the converted layers over the fully dynamic
+on some of the examples that were trained on. *Bytes* are those of the converted layers over the fully dynamic
 network's, *multiply-adds* those of one sample over the static network's, *time* the CPU time of a training step over
 the static network's, rounds of the partition included. Tables are written by the study:
 

@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -45,7 +46,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SOURCES = Path(__file__).resolve().parents[3] / ".study"
 
 #: training examples that are scored after the training
-MOST_TRAINED = 4000
+MOST_TRAINED = 2000
 
 Result = dict[str, Any]
 
@@ -128,21 +129,33 @@ def missing(experiments: Sequence[Experiment], results: Results, tasks: Sequence
 def source_of(task: Task, seed: int, device: torch.device) -> nn.Module:
     """The trained static network that every arm starts from; the same for the same task, terms and seed."""
     terms = hashlib.sha256(json.dumps([*task.source, seed]).encode()).hexdigest()[:16]
+    if not task.pretrain:
+        return _ready_made(task, seed, SOURCES / f"{terms}-whole.pt").to(device).eval()
     path = SOURCES / f"{terms}-{device.type}.pt"
     network = task.network(seed).to(device)
-    if not task.pretrain:
-        return network.eval()
     if not path.exists():
         terms_of_training = {"steps": task.pretrain, "batch_size": task.batch, "lr": task.pretrain_rate}
         settings = BASE | {f"train.{key}": value for key, value in terms_of_training.items()}
         trainer = trainer_of(task, settings, network, 10_000 + seed, device)
         trainer.fit_(network, None, "")
-        path.parent.mkdir(exist_ok=True)
-        unfinished = path.with_suffix(f".part{seed}")
-        torch.save(network.state_dict(), unfinished)
-        unfinished.replace(path)
+        _keep(network.state_dict(), path)
     network.load_state_dict(torch.load(path, weights_only=True, map_location=device))
     return network.eval()
+
+
+def _ready_made(task: Task, seed: int, path: Path) -> nn.Module:
+    """A published network, which gets a head, and that takes as long as an arm."""
+    if not path.exists():
+        _keep(task.network(seed), path)
+    found: nn.Module = torch.load(path, weights_only=False)  # the study's own file
+    return found
+
+
+def _keep(what: object, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_suffix(f".part{os.getpid()}")
+    torch.save(what, unfinished)
+    unfinished.replace(path)
 
 
 def trainer_of(task: Task, settings: dict[str, Any], source: nn.Module, seed: int, device: torch.device) -> Trainer:
@@ -179,7 +192,6 @@ def run_one(run: Run, device: torch.device) -> Result:
 
 def _dynamic_(model: nn.Module, run: Run, trainer: Trainer) -> tuple[Plan, Partitioner | None]:
     sample = trainer.data.train.batch(torch.arange(2)).to(trainer.setting.device, torch.float32).inputs
-    assert isinstance(sample, torch.Tensor)
     plan = padconvert.plan(model, trainer.policy, inputs=sample, seed=run.seed)
     padconvert.rewrite_(model, plan)
     grouping = run.arm.settings.get("study.grouping")
