@@ -37,4 +37,5 @@ def said_of_kinds(kinds: Mapping[str, float]) -> str:
         return "too few examples to tell of how many kinds the inputs are"
     mean = fmean(kinds.values())
     verdict = "of several kinds, which experts can divide" if mean >= SEVERAL else "of one kind: little to divide"
-    return f"the inputs of {len(kinds)} layers fall apart by {mean:.2f} on average (0 one cloud, 1 points): {verdict}"
+    whose = "one layer" if len(kinds) == 1 else f"{len(kinds)} layers"
+    return f"the inputs of {whose} fall apart by {max(mean, 0):.2f} on average (0 one cloud, 1 points): {verdict}"

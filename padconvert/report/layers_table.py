@@ -82,8 +82,8 @@ def _row(row: Row, units: bool) -> list[RenderableType]:
 
 
 def _kinds(layer: LayerResult) -> str:
-    """How far the layer's inputs fall into kinds."""
-    return "" if layer.separation is None else f"{layer.separation:.2f}"
+    """How far the layer's inputs fall into kinds; below 0 they do so by chance alone."""
+    return "" if layer.separation is None else f"{max(layer.separation, 0):.2f}"
 
 
 @dataclass(frozen=True, slots=True)
