@@ -40,6 +40,8 @@ from padconvert.walk.info import Walk
 from padconvert.walk.probe import ProbeSpec
 
 SUFFIX = ".pad.safetensors"
+#: passes over the training data with which conversions of finished networks gained, in docs/results.md
+PASSES_THAT_PAID = 14
 
 
 def convert(
@@ -324,7 +326,21 @@ def _dry_run(
 def _notes(opened: Opened, resolved: Resolved, plan: Plan, walked: Walk, data: Data | None) -> tuple[str, ...]:
     """What a person wants to know, each thing once: a plan brings its policy's notes along."""
     said = (*opened.notes, *resolved.notes, *plan.notes, *walked.notes, *(data.notes if data is not None else ()))
-    return tuple(dict.fromkeys((*said, *_once_trained(opened, plan))))
+    return tuple(dict.fromkeys((*said, *_once_trained(opened, plan), *_few_passes(plan, data))))
+
+
+def _few_passes(plan: Plan, data: Data | None) -> list[str]:
+    """That a fine-tune is short, for one that is."""
+    train = plan.policy.train
+    if data is None or plan.route != "trained" or not plan.converted:
+        return []
+    passes = train.steps * min(train.batch_size, len(data.train)) / len(data.train)
+    if passes >= PASSES_THAT_PAID:
+        return []
+    return [
+        f"{train.steps} steps show each training example {passes:.2g} times; of finished networks, those gained over "
+        f"the static one that saw each {PASSES_THAT_PAID} times or more (docs/results.md). --steps takes more"
+    ]
 
 
 def _once_trained(opened: Opened, plan: Plan) -> list[str]:

@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -227,6 +228,18 @@ def test_going_on_from_a_data_free_artefact_chooses_anew(folder: Path, tmp_path:
     convert(first, ConvertOptions(output=again, dynamic_ratio=0.5))
     checks = [check.name for check in verify(again, against=first).checks if check.passed]
     assert checks == ["checksums", "loads", "probe", "source sha256", "same function as the source"]
+
+
+@pytest.mark.parametrize(("steps", "short"), [(5, True), (30, False)])
+def test_a_short_fine_tune_is_called_one(steps: int, short: bool, folder: Path, tmp_path: Path) -> None:
+    """Of 64 examples, as the batch: 5 passes, and 30."""
+    data = np.load(folder / "train.npz")
+    np.savez(tmp_path / "few.npz", x=data["x"][:64], y=data["y"][:64])
+    asked = replace(options(folder, tmp_path / "out", steps=steps), data=(str(tmp_path / "few.npz"),))
+    done = convert(folder / "model.pt", asked)
+    said = [note for note in done.notes if "show each training example" in note]
+    assert [note.split(";")[0] for note in said] == (["5 steps show each training example 5 times"] if short else [])
+    assert not any("show each" in note for note in convert(folder / "model.pt", ConvertOptions(dry_run=True)).notes)
 
 
 @pytest.mark.parametrize("granularity", ["element", "channel"])

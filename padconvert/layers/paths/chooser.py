@@ -1,7 +1,7 @@
 """The chooser: which path a call takes.
 
-`choose` asks, in this order: the environment (`PADCONVERT_PATH` forces one path), what `tuned` measured for this
-layer, and the paths' own estimates. Without `tuned` no clock is involved: equal cases are given equal paths.
+`choose` asks, in this order: the environment (`PADCONVERT_PATH` forces one path), what `tune_` measured for this
+layer, and the paths' own estimates. Without `tune_` no clock is involved: equal cases are given equal paths.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The floors are the bytes of the experts, read once a piece of the batch; the multiply-adds of mixing; and the
 dynamic units written for every sample. All constants are seconds for one entry, one multiply-add or one call of one
 thread in fp32; a choice depends on their ratios only. They are constants, not measurements at run time, so that
-equal cases are given equal paths on every machine; `measure.tuned` corrects a choice by the clock where one asks.
+equal cases are given equal paths on every machine; `measure.tune_` corrects a choice by the clock where one asks.
 """
 
 from __future__ import annotations
