@@ -53,7 +53,8 @@ def _places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def result(held_out: float, test: float, **more: object) -> study.Result:
-    scores = {"held_out": {"accuracy": held_out}, "test": {"accuracy": test}, "source_test": {"accuracy": 0.5}}
+    tested = {"accuracy": test, "loss": 1.5}
+    scores = {"held_out": {"accuracy": held_out}, "test": tested, "source_test": {"accuracy": 0.5}}
     return {**scores, "parameters": 10, "step_cpu_seconds": 1.0, **more}
 
 
@@ -163,9 +164,9 @@ def test_the_page_shows_every_arm_that_was_run(tmp_path: Path, monkeypatch: pyte
     scores[PAD, 0, 0.01] = (0.9, 0.5625)
     page = report.document(filled(tmp_path, scores))
     lines = [line for line in page.splitlines() if line.startswith(("| static", "| PAD", "| fully"))]
-    assert [line.split(" | ")[:6] for line in lines] == [
-        ["| static", "1", "0.01", "50.00", "", ""],
-        ["| PAD", "1", "0.01", "56.25", "", "+6.25"],
+    assert [line.split(" | ")[:7] for line in lines] == [
+        ["| static", "1", "0.01", "50.00", "1.5000", "", ""],
+        ["| PAD", "1", "0.01", "56.25", "1.5000", "", "+6.25"],
     ]
 
 

@@ -56,7 +56,6 @@ GROUPED = {"study__grouping": "last layer"}
 DYNAMIC_GROUPED = DYNAMIC.but("fully dynamic, grouped", **GROUPED)
 PAD_GROUPED = PAD.but("PAD, grouped by the last layer", **GROUPED)
 RANDOM_GROUPED = RANDOM.but("PAD, grouped, random partition", **GROUPED)
-CHANNEL_GROUPED = CHANNEL.but("PAD, grouped, channel", **GROUPED)
 
 LESS_SURE = PAD.but("PAD, less sure", train__top_probability=0.5)
 

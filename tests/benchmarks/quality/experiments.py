@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from benchmarks.quality.arms import (
     CHANNEL,
-    CHANNEL_GROUPED,
     DYNAMIC,
     DYNAMIC_GROUPED,
     FIRST_IDEAS,
@@ -46,7 +45,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "half as long again. All arms at the rate 0.01, which each of them chose on held-out data in the shorter runs "
         "below.",
         ("two domains (16 px, finished, long)", "CIFAR-10 (16 px, finished, long)"),
-        (STATIC, DYNAMIC_GROUPED, PAD_GROUPED, RANDOM_GROUPED, PAD, CHANNEL_GROUPED),
+        MAIN,
     ),
     Experiment(
         "Finished sources",
@@ -63,6 +62,14 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "The source has seen each picture some 14 times: the static network itself gains points by training on.",
         tuple(f"{name})" for name in SMALL),
         MAIN,
+    ),
+    Experiment(
+        "Ideas, long",
+        "One seed, from finished sources: one grouping of the samples for all layers, in place of each layer's own.",
+        ("two domains (16 px, finished, long)", "CIFAR-10 (16 px, finished, long)"),
+        (STATIC, DYNAMIC, PAD, DYNAMIC_GROUPED, PAD_GROUPED, RANDOM_GROUPED),
+        seeds=(0,),
+        rate=0.01,
     ),
     Experiment(
         "Ideas, a second look",
