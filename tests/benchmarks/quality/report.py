@@ -85,8 +85,8 @@ def table(results: Results, experiment: Experiment, task: Task) -> Iterator[str]
         else ""
     )
     columns = (
-        "seeds", "rate", f"{task.metric} %", "loss", "on training data", "over static", "over fully dynamic", "parameters",
-        "bytes", "multiply-adds", "time",
+        "seeds", "rate", f"{task.metric} %", "loss", "on training data", "over static", "over fully dynamic",
+        "parameters", "bytes", "multiply-adds", "time",
     )  # fmt: skip
     yield f"| arm | {' | '.join(columns)} |"
     yield f"|---|{'--:|' * len(columns)}"
