@@ -7,6 +7,7 @@ same source, batches and augmentation. Nothing here is chosen: rates were, on he
 from __future__ import annotations
 
 import io
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from scipy.stats import t as student
 
 from benchmarks.quality.arms import Arm
 from benchmarks.quality.experiments import EXPERIMENTS, Experiment
+from benchmarks.quality.kinds import FILE as KINDS
 from benchmarks.quality.study import RESULTS, Result, Results, Run, chosen_rate
 from benchmarks.quality.tasks import TASKS, Task
 
@@ -80,7 +82,7 @@ def table(results: Results, experiment: Experiment, task: Task) -> Iterator[str]
     yield f"### {task.name}\n"
     yield (
         f"The source, trained {task.pretrain:,} steps, has {Interval.of(source).said()} %; "
-        f"then {task.steps:,} steps of {task.batch} for every arm.\n"
+        f"then {task.steps:,} steps of {task.batch} for every arm.{_kinds(task)}\n"
         if source
         else ""
     )
@@ -95,6 +97,13 @@ def table(results: Results, experiment: Experiment, task: Task) -> Iterator[str]
         if runs:
             yield _line(task, arm, runs, static, dynamic)
     yield ""
+
+
+def _kinds(task: Task) -> str:
+    """How far the inputs of its layers fall into kinds, where that was taken."""
+    known = json.loads(KINDS.read_text(encoding="utf-8")) if KINDS.exists() else {}
+    found = known.get(task.name) or known.get(task.family)
+    return f" Its layers' inputs fall apart by {max(fmean(found), 0):.2f} in the mean." if found else ""
 
 
 def _line(task: Task, arm: Arm, runs: dict[int, Result], static: dict[int, Result], dynamic: dict[int, Result]) -> str:
