@@ -2,7 +2,7 @@
 
 Where one network serves several domains, what its layers see falls into groups that k-means finds, and experts can
 each take one from the first step. Where inputs are of one kind there is one cloud, cut anyhow, and experts come apart
-slowly: short fine-tunes gained in the one case and lost in the other, long ones gained in both (docs/results.md).
+slowly (docs/results.md).
 """
 
 from __future__ import annotations
