@@ -17,6 +17,7 @@ from padconvert.checkpoint.layout import all_expected
 from padconvert.checkpoint.manifest import LayerEntry, Manifest
 from padconvert.checkpoint.read import is_artefact, read_checkpoint
 from padconvert.errors import NothingEligibleError, UsageError
+from padconvert.finetune.train import check_data
 from padconvert.kinds import kinds_of_inputs, said_of_kinds
 from padconvert.layers.packed import UnitView
 from padconvert.listing import list_tensors, of_tensors, unconverted
@@ -39,6 +40,8 @@ def inspect_file(path: str | Path, options: ConvertOptions) -> Inspection:
     Raises FileError, UnsafeError and PolicyError as a conversion would; that nothing is eligible is no error here.
     """
     path = Path(path)
+    if not options.data and (options.task is not None or options.text_columns):
+        raise UsageError("--task and --text-column say how data are read: name data with --data.")
     if is_artefact(path):
         if options.data:
             raise UsageError(f"--data: {path} is an artefact, whose routers are set; name the source instead.")
@@ -125,6 +128,7 @@ def _with_kinds(path: Path, options: ConvertOptions) -> Inspection:
     policy = options.resolve_policy()
     opened, data = open_task(open_input(path, options, torch.device("cpu")), policy.policy, options, Silent())
     assert data is not None, "data were named"
+    check_data(opened.module, data, torch.device("cpu"))
     walked = walk_with(opened.static, options, data)
     plan = make_plan(walked, policy, route="trained", seed=options.seed, tensors=opened.sizes)
     kinds = kinds_of_inputs(opened, plan, data, options.seed)

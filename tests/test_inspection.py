@@ -91,6 +91,12 @@ def test_data_are_for_a_source_that_can_be_called(source: Path, capsys: pytest.C
     save_file(dict(network().state_dict()), "model.safetensors")
     assert main(["inspect", "model.safetensors", "--data", "train.npz"]) == 2
     assert "name what builds its model with --arch" in capsys.readouterr().err
+    np.savez("wide.npz", x=np.zeros((8, 3, 8, 8), np.float32), y=np.zeros(8, np.int64))
+    assert main(["inspect", str(source), "--data", "wide.npz"]) == 4
+    assert "the model cannot take" in capsys.readouterr().err
+    for alone in (["--task", "glue/sst2"], ["--text-column", "text"]):
+        assert main(["inspect", str(source), *alone]) == 2
+        assert "name data with --data" in capsys.readouterr().err
     assert main(["convert", str(source), "-o", "made.pad.safetensors"]) == 0
     capsys.readouterr()
     assert main(["inspect", "made.pad.safetensors", "--data", "train.npz"]) == 2

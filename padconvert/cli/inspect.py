@@ -51,7 +51,7 @@ def inspect(
     )  # fmt: skip
     from padconvert.listing import list_tensors
 
-    if options.arch is None and not options.data and (listed := list_tensors(path)) is not None:
+    if not (options.arch or data or task or text_column) and (listed := list_tensors(path)) is not None:
         run.show(listed, as_json=as_json)
         return
     from padconvert.inspection import inspect_file
