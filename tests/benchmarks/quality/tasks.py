@@ -67,7 +67,7 @@ def _pictures(pixels: int, name: str, splits: Callable[[int], data.Splits], make
         pretrain=4000 if small else 8000,
         steps=2000 if small else 4000,
         batch=64 if small else 128,
-        rates=(0.01, 0.03),
+        rates=(0.003, 0.01),
         ratio=0.3,
     )
 
@@ -75,7 +75,7 @@ def _pictures(pixels: int, name: str, splits: Callable[[int], data.Splits], make
 def _finished(task: Task) -> Task:
     """The same from a source that has been trained until little is left for it: what users convert."""
     name = f"{task.name.removesuffix(')')}, finished)"
-    return replace(task, name=name, pretrain=4 * task.pretrain, pretrain_rate=0.03, family=name)
+    return replace(task, name=name, pretrain=4 * task.pretrain, pretrain_rate=0.03, rates=(0.01, 0.03), family=name)
 
 
 def _long(task: Task) -> Task:
