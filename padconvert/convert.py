@@ -338,8 +338,8 @@ def _few_passes(plan: Plan, data: Data | None) -> list[str]:
     if passes >= PASSES_THAT_PAID:
         return []
     return [
-        f"{train.steps} steps show each training example {passes:.2g} times; of networks trained to their end, only "
-        f"those that saw each {PASSES_THAT_PAID} times or more gained over the static one (docs/results.md; --steps)"
+        f"{train.steps} steps show each training example {passes:.2g} times; of networks trained to their end, those "
+        f"seen to gain over the static one saw each {PASSES_THAT_PAID} times or more (docs/results.md; --steps)"
     ]
 
 

@@ -534,6 +534,15 @@ def test_a_choice_depends_on_the_shape() -> None:
     assert chosen(512, 7, 32) in ("rows", "mix")
 
 
+def test_a_race_of_paths_drops_the_slow_and_leaves_equal_ones_to_the_estimate() -> None:
+    race = measure._Race(["estimated", "fastest", "near", "slow"])
+    for name, seconds in (("estimated", 1.01), ("fastest", 1.0), ("near", 1.1), ("slow", 1.3)):
+        for each in (seconds, seconds, 9.0):  # a single disturbed turn does not count
+            race.told(name, each)
+    assert race.within(measure.BEHIND) == ["estimated", "fastest", "near"]
+    assert race.within(measure.EQUAL)[:1] == ["estimated"]
+
+
 def test_measured_choices_belong_to_the_model_they_were_measured_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock is played: `loop` is said to take no time, every other path a second."""
     now = [0.0]

@@ -97,6 +97,9 @@ def test_a_run_is_paired_and_repeats_itself() -> None:
     assert static["source_test"] == one["source_test"]
     full = study.run_one(study.Run(TINY, DYNAMIC, 0, 0.01), CPU)
     assert static["parameters"] < one["parameters"] < full["parameters"]
+    entries = 36 + 36 + 72 + 144 + 288 + 576
+    # parameters: 3 copies more of each entry, and routers; multiply-adds: all 4 are mixed, and routers
+    assert full["macs_more"] - (full["parameters"] - static["parameters"]) == entries
     # 5 of the 6 convolutions are not the stem; K = 4, and of κ = 0.3 a bit an entry on top
     assert one["converted_bytes"] < 0.6 * full["converted_bytes"]
 

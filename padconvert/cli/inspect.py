@@ -24,7 +24,7 @@ def inspect(
         list[str] | None,
         typer.Option(
             metavar="PATH",
-            help="Training data: also say of how many kinds each layer's inputs are, which decides what experts gain.",
+            help="Training data: also say how far each layer's inputs fall into kinds that experts can divide.",
         ),
     ] = None,
     text_column: arg.TextColumn = None,

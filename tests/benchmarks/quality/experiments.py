@@ -59,7 +59,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     ),
     Experiment(
         "Young sources",
-        "The source has seen each picture some 14 times: the static network itself gains points by training on. The "
+        "The source has seen each picture 14 times at most: the static network itself gains points by training on. The "
         "grid of rates ended at 0.01, which was too low: in single runs at 0.03 the static network has 63.4 and PAD "
         "62.3 with one domain, 68.6 and 68.8 with two. No claim is made from these.",
         tuple(f"{name})" for name in SMALL),

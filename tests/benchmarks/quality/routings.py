@@ -7,20 +7,20 @@ group.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Generator, Tensor, nn
 
 from padconvert.finetune.objectives import forward
+from padconvert.finetune.routing import MOST_POINTS, pooled_inputs
 from padconvert.finetune.train import Trainer
 from padconvert.layers.kmeans import kmeans, sharpness
 from padconvert.layers.pad import PadLayer
 from padconvert.layers.routers.linear import Router
 from padconvert.rewrite import pad_layers
-from padconvert.walk.quiet import evaluating
 
-POINTS = 4096
 RIDGE = 1e-2  # of the inputs' variance, which is 1
 
 #: (each layer's standardised pooled inputs, labels, K, generator) → group of each sample [N]
@@ -67,27 +67,11 @@ def set_aligned_(model: nn.Module, trainer: Trainer, grouping: str) -> None:
 
 def _seen(model: nn.Module, layers: Mapping[str, PadLayer], trainer: Trainer) -> tuple[list[Tensor], Tensor]:
     """Each layer's pooled inputs [N, C] in fp64, and the labels [N]."""
-    seen: list[list[Tensor]] = [[] for _ in layers]
-    labels: list[Tensor] = []
-
-    def keep(points: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def look(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            assert isinstance(layer, PadLayer)
-            points.append(layer.pooled(args[0]).detach().double().cpu())
-
-        return look
-
     batches = trainer.setting.batches
-    hooks = [layer.register_forward_pre_hook(keep(points)) for layer, points in zip(layers.values(), seen, strict=True)]
-    with evaluating(model), torch.no_grad():
-        for step in range(POINTS // batches.size):
-            batch = batches.at(step).to(trainer.setting.device, torch.float32)
-            assert batch.labels is not None
-            forward(model, batch.inputs)
-            labels.append(batch.labels.cpu())
-    for hook in hooks:
-        hook.remove()
-    return [torch.cat(points) for points in seen], torch.cat(labels)
+    read = [batches.at(step).to(trainer.setting.device, torch.float32) for step in range(MOST_POINTS // batches.size)]
+    seen = pooled_inputs(model, layers, [functools.partial(forward, model, batch.inputs) for batch in read])
+    labels = [batch.labels.cpu() for batch in read if batch.labels is not None]
+    return [seen[name].double() for name in layers], torch.cat(labels)
 
 
 @torch.no_grad()

@@ -211,12 +211,14 @@ def _without_augmentation(task: Task) -> Prepared:
 
 
 def _sizes(plan: Plan | None, model: nn.Module) -> Result:
+    # as torch counts them, without running statistics, for every arm
+    parameters = sum(p.numel() for p in model.parameters())
     if plan is None:
-        return {"parameters": sum(p.numel() for p in model.parameters())}
+        return {"parameters": parameters}
     totals = planned_totals(plan, 0)
     converted = plan.cost
     return {
-        "parameters": totals.params_output,
+        "parameters": parameters,
         "converted_bytes": converted.bytes_values + converted.bytes_masks + converted.bytes_router,
         "macs": totals.macs_source,
         "macs_more": _more_macs(plan, model),
