@@ -47,7 +47,7 @@ def make_optimizer(model: nn.Module, train: OptimizerPolicy) -> torch.optim.Opti
     ]
     assert train.lr is not None, "a plan's policy says it"
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=train.lr, foreach=False)
+        return torch.optim.AdamW(groups, lr=train.lr, fused=True)
     return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, foreach=False)
 
 

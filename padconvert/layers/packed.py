@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from padconvert.layers.placing import placed
 from padconvert.words import Granularity
 
 
@@ -119,10 +120,7 @@ def assemble(static_NS: Tensor | None, dynamic_KDS: Tensor | None, units: Units,
         return dynamic_KDS
     if dynamic_KDS is None:
         return static_NS.expand(experts, -1, -1)
-    total = len(units.dynamic) + len(units.static)
-    out_KUS = dynamic_KDS.new_zeros(experts, total, dynamic_KDS.shape[-1])
-    out_KUS = out_KUS.index_copy(1, units.dynamic, dynamic_KDS)
-    return out_KUS.index_copy(1, units.static, static_NS.expand(experts, -1, -1))
+    return placed(static_NS.expand(experts, -1, -1), dynamic_KDS, units)
 
 
 def pack_bits(mask: Tensor) -> Tensor:

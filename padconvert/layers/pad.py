@@ -215,11 +215,15 @@ class PadLayer(nn.Module, ABC):
 
     def cut_part(self, part: str) -> tuple[Tensor | None, Tensor | None]:
         """(static [N, S], dynamic [K, D, S]) with their scales, in the mixing dtype (at least fp32)."""
-        static_scale, dynamic_scale = self.scales()
-        static, dynamic = getattr(self, f"{part}_static"), getattr(self, f"{part}_dynamic")
-        return self._cut_scaled(part, static, static_scale), self._cut_scaled(part, dynamic, dynamic_scale)
+        return self._cut_scaled(part, *self.scales())
 
-    def _cut_scaled(self, part: str, packed: Tensor | None, scale: Tensor | float) -> Tensor | None:
+    def _cut_scaled(
+        self, part: str, static_scale: Tensor | float, dynamic_scale: Tensor | float
+    ) -> tuple[Tensor | None, Tensor | None]:
+        static, dynamic = getattr(self, f"{part}_static"), getattr(self, f"{part}_dynamic")
+        return self._scaled(part, static, static_scale), self._scaled(part, dynamic, dynamic_scale)
+
+    def _scaled(self, part: str, packed: Tensor | None, scale: Tensor | float) -> Tensor | None:
         if packed is None:
             return None
         cut = self.view(part).cut_packed(packed).to(self.mixing_dtype)
@@ -227,9 +231,15 @@ class PadLayer(nn.Module, ABC):
 
     def expert_tensors(self, part: str) -> Tensor:
         """Every expert's full weight [K, *weight_shape] or bias [K, O], scaled, in the mixing dtype."""
-        static_NS, dynamic_KDS = self.cut_part(part)
-        full_KUS = assemble(static_NS, dynamic_KDS, self.units(part), self.num_experts)
-        return self.view(part).as_full(full_KUS)
+        return self._assembled(part, *self.cut_part(part))
+
+    def relative_experts(self, part: str) -> tuple[Tensor, Tensor | float]:
+        """`expert_tensors` over λ_d, and λ_d: their outputs are scaled in their place, which are smaller."""
+        static_scale, dynamic_scale = self.scales()
+        return self._assembled(part, *self._cut_scaled(part, static_scale / dynamic_scale, 1.0)), dynamic_scale
+
+    def _assembled(self, part: str, static_NS: Tensor | None, dynamic_KDS: Tensor | None) -> Tensor:
+        return self.view(part).as_full(assemble(static_NS, dynamic_KDS, self.units(part), self.num_experts))
 
     @property
     def mixing_dtype(self) -> torch.dtype:

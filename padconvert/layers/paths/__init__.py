@@ -14,7 +14,7 @@ from torch import Tensor
 
 from padconvert.layers.paths import aggregate, experts, mix, shared, static
 from padconvert.layers.paths.chooser import PATHS, choose
-from padconvert.layers.paths.parts import memory_format
+from padconvert.layers.placing import memory_format
 from padconvert.words import Place
 
 if TYPE_CHECKING:

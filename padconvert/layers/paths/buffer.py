@@ -20,7 +20,8 @@ from padconvert.layers.autocast import without_autocast
 from padconvert.layers.paths.call import convolution
 from padconvert.layers.paths.case import Case, compute_dtype
 from padconvert.layers.paths.cost import Machine, convolutions, mixing, placing
-from padconvert.layers.paths.parts import dynamic_part, memory_format, mixed, place_, static_part
+from padconvert.layers.paths.parts import dynamic_part, mixed, static_part
+from padconvert.layers.placing import memory_format, place_
 
 if TYPE_CHECKING:
     from padconvert.layers.conv import PadConv

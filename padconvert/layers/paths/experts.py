@@ -18,7 +18,8 @@ from torch import Tensor
 from padconvert.layers.autocast import without_autocast
 from padconvert.layers.paths import aggregate, experts_in_place, grouped
 from padconvert.layers.paths.dispatch import Dispatch
-from padconvert.layers.paths.parts import reordered, scaled
+from padconvert.layers.paths.parts import scaled
+from padconvert.layers.placing import reordered
 from padconvert.words import Granularity, Routing
 
 if TYPE_CHECKING:
@@ -77,13 +78,11 @@ def widen(layer: PadLinearMember, x: Tensor, call: Routed) -> Tensor:
         return _placed(experts_in_place.widen(layer, x_TI, call), call)
     if layer.granularity is not Granularity.NEURON:
         return _placed(_each(layer, x_TI, call).flatten(1), call)
-    static = _cut(layer, "static", x.dtype)
-    dynamic = _cut(layer, "dynamic", x.dtype)
     parts = []
-    if static is not None:
-        parts.append(torch.nn.functional.linear(x_TI, *static))
-    if dynamic is not None:
-        parts.append(_every_choice(x_TI, *dynamic, call).flatten(1))
+    if layer.weight_static is not None:
+        parts.append(torch.nn.functional.linear(x_TI, *_static_rows(layer, x.dtype)))
+    if layer.weight_dynamic is not None:
+        parts.append(_every_choice(x_TI, _dynamic_rows(layer, x.dtype), call).flatten(1))
     return _placed(torch.cat(parts, -1), call)
 
 
@@ -100,8 +99,7 @@ def narrow(layer: PadLinearMember, x: Tensor, call: Routed) -> Tensor:
         return experts_in_place.narrow(layer, x_TH, call).to(x.dtype).reshape(*call.lead, layer.out_features)
     if layer.granularity is not Granularity.NEURON:
         x_TJI = x_TH.reshape(x_TH.shape[0], layer.top_k, layer.in_features)
-        weight_KOI, bias_KO = _experts(layer, x.dtype)
-        mixed_TO = _weighed_choice(x_TJI, weight_KOI, bias_KO, call)
+        mixed_TO = _weighed_choice(x_TJI, _experts(layer, x.dtype), call)
         return mixed_TO.to(x.dtype).reshape(*call.lead, layer.out_features)
     return _narrow_neurons(layer, x_TH, call).to(x.dtype).reshape(*call.lead, layer.out_features)
 
@@ -119,48 +117,68 @@ def _narrow_neurons(layer: PadLinearMember, x_TH: Tensor, call: Routed) -> Tenso
     if layer.weight_dynamic is None:
         return out_TO
     x_TJD = dynamic_TH.reshape(x_TH.shape[0], layer.top_k, -1)
-    weight_KOD = scaled(layer.weight_dynamic, layer.scales()[1], x_TH.dtype)
-    mixed_TO = _weighed_choice(x_TJD, weight_KOD, None, call)
+    columns = _Experts(layer.weight_dynamic.to(x_TH.dtype), None, layer.scales()[1])
+    mixed_TO = _weighed_choice(x_TJD, columns, call)
     return out_TO.to(mixed_TO.dtype) + mixed_TO
 
 
-def _cut(layer: PadLinear, which: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
-    """The static or the dynamic rows and their bias; None where there are none."""
-    weight, bias = getattr(layer, f"weight_{which}"), getattr(layer, f"bias_{which}")
-    if weight is None:
-        return None
-    scale = layer.scales()[0 if which == "static" else 1]
-    return scaled(weight, scale, dtype), None if bias is None else scaled(bias, scale, dtype)
+@dataclass(frozen=True, slots=True)
+class _Experts:
+    """W_k = `scale` · `weight_KOI[k]`, and so the biases. What the experts give is scaled, since they are K times as
+    large as one weight."""
+
+    weight_KOI: Tensor
+    bias_KO: Tensor | None
+    scale: Tensor | float
+
+    def scaled(self, out: Tensor) -> Tensor:
+        return out if isinstance(self.scale, float) else (out * self.scale).to(out.dtype)
 
 
-def _experts(layer: PadLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    bias = layer.expert_tensors("bias").to(dtype) if layer.has_bias else None
-    return layer.expert_tensors("weight").to(dtype), bias
+def _static_rows(layer: PadLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    assert layer.weight_static is not None
+    scale = layer.scales()[0]
+    bias = None if layer.bias_static is None else scaled(layer.bias_static, scale, dtype)
+    return scaled(layer.weight_static, scale, dtype), bias
+
+
+def _dynamic_rows(layer: PadLinear, dtype: torch.dtype) -> _Experts:
+    assert layer.weight_dynamic is not None
+    bias = None if layer.bias_dynamic is None else layer.bias_dynamic.to(dtype)
+    return _Experts(layer.weight_dynamic.to(dtype), bias, layer.scales()[1])
+
+
+def _experts(layer: PadLinear, dtype: torch.dtype) -> _Experts:
+    weight, scale = layer.relative_experts("weight")
+    bias = layer.relative_experts("bias")[0].to(dtype) if layer.has_bias else None
+    return _Experts(weight.to(dtype), bias, scale)
 
 
 def _each(layer: PadLinear, x_TI: Tensor, call: Routed) -> Tensor:
     """[T, I] → [T, J, O]: every token by each of its experts."""
-    return _every_choice(x_TI, *_experts(layer, x_TI.dtype), call)
+    return _every_choice(x_TI, _experts(layer, x_TI.dtype), call)
 
 
-def _every_choice(x_TI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None, call: Routed) -> Tensor:
+def _every_choice(x_TI: Tensor, experts: _Experts, call: Routed) -> Tensor:
     if torch.compiler.is_exporting():
-        out_TKO = torch.einsum("ti,koi->tko", x_TI, weight_KOI)
-        out_TKO = out_TKO if bias_KO is None else out_TKO + bias_KO
-        return out_TKO.gather(1, call.chosen_TJ[..., None].expand(-1, -1, out_TKO.shape[-1]))
+        out_TKO = torch.einsum("ti,koi->tko", x_TI, experts.weight_KOI)
+        out_TKO = out_TKO if experts.bias_KO is None else out_TKO + experts.bias_KO
+        chosen_TJO = out_TKO.gather(1, call.chosen_TJ[..., None].expand(-1, -1, out_TKO.shape[-1]))
+        return experts.scaled(chosen_TJO)
     rows_NI = x_TI[:, None].expand(-1, call.chosen_TJ.shape[1], -1).flatten(0, 1)
-    return _by_expert(rows_NI, weight_KOI, bias_KO, call.by_expert).reshape(*call.chosen_TJ.shape, -1)
+    return _by_expert(rows_NI, experts, call.by_expert).reshape(*call.chosen_TJ.shape, -1)
 
 
-def _weighed_choice(x_TJI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None, call: Routed) -> Tensor:
+def _weighed_choice(x_TJI: Tensor, experts: _Experts, call: Routed) -> Tensor:
     """Σ_j π_j (W_j x_j + b_j): [T, J, I] → [T, O] in the mixing dtype."""
     if torch.compiler.is_exporting():
-        place_TJK = torch.nn.functional.one_hot(call.chosen_TJ, len(weight_KOI)).to(call.gates_TJ.dtype)
+        place_TJK = torch.nn.functional.one_hot(call.chosen_TJ, len(experts.weight_KOI)).to(call.gates_TJ.dtype)
         gated_TKI = torch.einsum("tjk,tj,tji->tki", place_TJK, call.gates_TJ, x_TJI.to(call.gates_TJ.dtype))
-        mixed_TO = torch.einsum("tki,koi->to", gated_TKI, weight_KOI.to(gated_TKI.dtype))
-        return mixed_TO if bias_KO is None else mixed_TO + call.routing @ bias_KO.to(mixed_TO.dtype)
-    rows_NI = x_TJI.flatten(0, 1)
-    out_NO = _by_expert(rows_NI, weight_KOI, bias_KO, call.by_expert)
+        mixed_TO = torch.einsum("tki,koi->to", gated_TKI, experts.weight_KOI.to(gated_TKI.dtype))
+        if experts.bias_KO is not None:
+            mixed_TO = mixed_TO + call.routing @ experts.bias_KO.to(mixed_TO.dtype)
+        return experts.scaled(mixed_TO)
+    out_NO = _by_expert(x_TJI.flatten(0, 1), experts, call.by_expert)
     return _weighed(out_NO.reshape(*call.chosen_TJ.shape, -1), call)
 
 
@@ -170,9 +188,10 @@ def _weighed(out_TJO: Tensor, call: Routed) -> Tensor:
         return (call.gates_TJ[..., None] * out_TJO.to(call.gates_TJ.dtype)).sum(1)
 
 
-def _by_expert(rows_NI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None, rows: Dispatch) -> Tensor:
+def _by_expert(rows_NI: Tensor, experts: _Experts, rows: Dispatch) -> Tensor:
     """Each row by its own expert: [N, I] → [N, O]. Rows are sorted by expert, so each expert is called once."""
     sorted_NI = reordered(rows_NI, rows.order_N, rows.inverse_N, 0)
-    at_once = grouped.serves(sorted_NI) and grouped.suits(weight_KOI)
+    at_once = grouped.serves(sorted_NI) and grouped.suits(experts.weight_KOI)
     product = grouped.linear if at_once else grouped.linear_by_loop
-    return reordered(product(sorted_NI, weight_KOI, bias_KO, rows), rows.inverse_N, rows.order_N, 0)
+    out_NO = experts.scaled(product(sorted_NI, experts.weight_KOI, experts.bias_KO, rows))
+    return reordered(out_NO, rows.inverse_N, rows.order_N, 0)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from padconvert.layers.paths.case import Case, compute_dtype
 from padconvert.layers.paths.cost import Machine, mixing, placing, products, whole_weights
-from padconvert.layers.paths.parts import memory_format, mixed
+from padconvert.layers.paths.parts import mixed
+from padconvert.layers.placing import memory_format
 
 if TYPE_CHECKING:
     from padconvert.layers.conv import PadConv

@@ -11,8 +11,9 @@ from padconvert.layers.autocast import without_autocast
 from padconvert.layers.paths.call import convolution
 from padconvert.layers.paths.case import Case, compute_dtype, rows_apart
 from padconvert.layers.paths.cost import Machine, convolutions, placing
-from padconvert.layers.paths.parts import dynamic_part, mix, mixed, placed
+from padconvert.layers.paths.parts import dynamic_part, mix, mixed
 from padconvert.layers.paths.rows import static_rows
+from padconvert.layers.placing import placed
 
 if TYPE_CHECKING:
     from padconvert.layers.conv import PadConv

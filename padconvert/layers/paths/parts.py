@@ -7,13 +7,14 @@ Legend of names: B samples, K experts, U = D + N units, D dynamic, N static, S e
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from padconvert.layers.autocast import without_autocast
 from padconvert.layers.packed import Units
+from padconvert.layers.placing import placed, reordered
 
 if TYPE_CHECKING:
     from padconvert.layers.pad import PadLayer
@@ -78,79 +79,3 @@ def ordered(packed: Tensor, units: Units) -> Tensor:
     """[B, N + D, …], the static units first, each unit in its place: [B, U, …]."""
     order = torch.cat([units.static, units.dynamic])
     return reordered(packed, order.argsort(), order, 1)
-
-
-def reordered(value: Tensor, order: Tensor, inverse: Tensor, dim: int) -> Tensor:
-    """`value` in another order along `dim`; `inverse` undoes `order`, and takes the gradient back."""
-    taken: Tensor = _Ordered.apply(value, order, inverse, dim)  # type: ignore[no-untyped-call]
-    return taken
-
-
-def placed(static: Tensor, dynamic: Tensor, units: Units) -> Tensor:
-    """[B, N, …] and [B, D, …], each unit in its place: [B, U, …]. Differentiable in both."""
-    if torch.compiler.is_exporting():
-        both = torch.cat([static, dynamic], 1)
-        return torch.zeros_like(both).index_copy(1, torch.cat([units.static, units.dynamic]), both)
-    whole: Tensor = _Placed.apply(static, dynamic, units.static, units.dynamic)  # type: ignore[no-untyped-call]
-    return whole
-
-
-def place_(whole_U: Tensor, part_D: Tensor, units_D: Tensor) -> None:
-    """Write units, [D, …], into their places of `whole_U`, [U, …]. Single entries are scattered, which is twice as
-    fast as copying them by index."""
-    if part_D.dim() == 2 and part_D.shape[1] == 1 and whole_U.is_contiguous():
-        whole_U.view(-1).scatter_(0, units_D, part_D.reshape(-1))
-    else:
-        whole_U.index_copy_(0, units_D, part_D)
-
-
-class _Placed(torch.autograd.Function):
-    """As two `index_copy`, without the copies of what they overwrite, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, static: Tensor, dynamic: Tensor, static_units: Tensor, dynamic_units: Tensor) -> Tensor:
-        ctx.save_for_backward(static_units, dynamic_units)
-        total = len(static_units) + len(dynamic_units)
-        out = _empty(dynamic, total)
-        for part, units in ((static, static_units), (dynamic, dynamic_units)):
-            if part.dim() == 3 and part.shape[2] == 1:
-                out.view(len(out), total).scatter_(1, units.expand(len(out), -1), part[..., 0])
-            else:
-                out.index_copy_(1, units, part)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        static_units, dynamic_units = ctx.saved_tensors
-        return gradient.index_select(1, static_units), gradient.index_select(1, dynamic_units), None, None
-
-
-class _Ordered(torch.autograd.Function):
-    """Slices in another order. The gradient goes back by the inverse order, where indexing's own would add them up."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, order: Tensor, inverse: Tensor, dim: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.dim = dim
-        return value.index_select(dim, order)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return gradient.index_select(ctx.dim, inverse), None, None, None
-
-
-def _empty(like: Tensor, total: int) -> Tensor:
-    """[B, total, …], in the memory format of `like` [B, D, …]."""
-    shape = (like.shape[0], total, *like.shape[2:])
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """Channels last where `x` is held so and not plainly, as torch's layers keep it."""
-    if not x.is_contiguous():
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            return torch.channels_last
-        if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-            return torch.channels_last_3d
-    return torch.contiguous_format

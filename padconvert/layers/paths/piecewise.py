@@ -19,7 +19,7 @@ from torch import Tensor
 from padconvert.layers.autocast import without_autocast
 from padconvert.layers.packed import Units
 from padconvert.layers.paths.call import piece_size
-from padconvert.layers.paths.parts import placed
+from padconvert.layers.placing import placed
 
 Found = tuple[Tensor | None, ...]
 

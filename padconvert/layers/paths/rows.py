@@ -10,7 +10,8 @@ from torch import Tensor
 from padconvert.layers.paths.call import convolution
 from padconvert.layers.paths.case import Case, compute_dtype
 from padconvert.layers.paths.cost import Machine, convolutions, mixing, placing
-from padconvert.layers.paths.parts import dynamic_part, mix, placed, static_part
+from padconvert.layers.paths.parts import dynamic_part, mix, static_part
+from padconvert.layers.placing import placed
 
 if TYPE_CHECKING:
     from padconvert.layers.conv import PadConv

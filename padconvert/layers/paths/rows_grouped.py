@@ -16,8 +16,9 @@ from padconvert.layers.paths import pieces, rows
 from padconvert.layers.paths.call import by_sample
 from padconvert.layers.paths.case import Case, case_of
 from padconvert.layers.paths.cost import Machine, convolutions, grouping, machine_of, mixing, placing
-from padconvert.layers.paths.parts import dynamic_part, mix, placed, static_part
+from padconvert.layers.paths.parts import dynamic_part, mix, static_part
 from padconvert.layers.paths.piecewise import Weights
+from padconvert.layers.placing import placed
 
 if TYPE_CHECKING:
     from padconvert.layers.conv import PadConv

@@ -44,7 +44,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "What users convert, and time to learn: the source was trained until little was left for it, then every arm "
         "half as long again. All arms at the rate 0.01, which each of them chose on held-out data in the shorter runs "
         "below.",
-        ("two domains (16 px, finished, long)", "CIFAR-10 (16 px, finished, long)"),
+        tuple(f"{name}, finished, long)" for name in SMALL),
         MAIN,
     ),
     Experiment(

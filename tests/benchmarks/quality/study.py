@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -105,22 +107,20 @@ def chosen_rate(results: Results, task: Task, arm: Arm, pilot: int) -> float | N
 
 
 def missing(experiments: Sequence[Experiment], results: Results, tasks: Sequence[str]) -> Iterator[Run]:
-    """Runs without a result, in order: every arm's rates on the first seed, then the other seeds at the chosen one."""
+    """Runs without a result, in order: every arm's rates on every task's first seed, then the other seeds at the chosen
+    one, each with all tasks before the next."""
     for experiment in experiments:
-        for task in (TASKS[name] for name in experiment.tasks if not tasks or name in tasks):
-            pilot, *others = experiment.seeds
-            if experiment.rate is not None:
-                yield from (
-                    Run(task, arm, seed, experiment.rate) for seed in experiment.seeds for arm in experiment.arms
-                )
-                continue
+        asked = [TASKS[name] for name in experiment.tasks if not tasks or name in tasks]
+        pilot, *others = experiment.seeds
+        for task in asked:
             for arm in experiment.arms:
-                yield from (Run(task, arm, pilot, rate) for rate in task.rates)
-            for seed in others:
-                for arm in experiment.arms:
-                    rate = chosen_rate(results, task, arm, pilot)
-                    assert rate is not None, "the pilot's runs came first"
-                    yield Run(task, arm, seed, rate)
+                rates = task.rates if experiment.rate is None else (experiment.rate,)
+                yield from (Run(task, arm, pilot, rate) for rate in rates)
+        for seed in others:
+            for task, arm in itertools.product(asked, experiment.arms):
+                rate = chosen_rate(results, task, arm, pilot) if experiment.rate is None else experiment.rate
+                assert rate is not None, "the pilot's runs came first"
+                yield Run(task, arm, seed, rate)
 
 
 # ---- one run -----------------------------------------------------------------------------------------------------
@@ -176,18 +176,23 @@ def run_one(run: Run, device: torch.device) -> Result:
     took = (time.process_time() - start) / task.steps
     model = padconvert.fold(model)
     _, held_out, test = task.examples()
-    scores = {"held_out": evaluate(model, held_out, 500, device=device)}
-    scores["test"] = evaluate(model, test, 500, device=device)
-    uses = [] if plan is None else router_use(model, held_out, 500, device)
+    uses = [] if plan is None else router_use(model, held_out, task.evaluated, device)
     return {
-        **scores,
-        "train": evaluate(model, _without_augmentation(task), 500, device=device),
-        "source_test": evaluate(source, test, 500, device=device),
+        "held_out": evaluate(model, held_out, task.evaluated, device=device),
+        "test": evaluate(model, test, task.evaluated, device=device),
+        "train": evaluate(model, _without_augmentation(task), task.evaluated, device=device),
+        "source_test": _source_test(task, run.seed, device),
         **_sizes(plan, model),
         "step_cpu_seconds": round(took, 5),
         "router_entropy": [round(use.routing_entropy, 3) for use in uses],
         "torch": torch.__version__.partition("+")[0], "device": device.type, "threads": torch.get_num_threads(),
     }  # fmt: skip
+
+
+@functools.cache
+def _source_test(task: Task, seed: int, device: torch.device) -> dict[str, float]:
+    """What the source itself reaches, which all its arms have in common."""
+    return evaluate(source_of(task, seed, device), task.examples()[2], task.evaluated, device=device)
 
 
 def _dynamic_(model: nn.Module, run: Run, trainer: Trainer) -> tuple[Plan, Partitioner | None]:

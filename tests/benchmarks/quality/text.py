@@ -35,7 +35,8 @@ FILES = {
 #: class numbers that one head has for all tasks together
 CLASSES = 2
 PAD_TOKEN = 0  # BERT's
-MAX_LENGTH = 64
+#: tokens of one sentence, and of a pair: about one text in six is cut
+MAX_LENGTH, MAX_LENGTH_OF_PAIR = 40, 64
 
 
 def minilm() -> Path:
@@ -104,7 +105,8 @@ def _of(name: str) -> tuple[Prepared, Prepared, Prepared]:
     place = folder() / "text" / where
     said = {"data.task": task, "data.train": [str(place / "train.tsv")], "data.eval": [str(place / test)]}
     columns = {"data.text_columns": ["sentence"]} if task == "classification" else {}
-    spec = load_policy(overrides={**said, **columns, "data.max_length": MAX_LENGTH}).policy.data
+    length = MAX_LENGTH_OF_PAIR if name == "MRPC" else MAX_LENGTH
+    spec = load_policy(overrides={**said, **columns, "data.max_length": length}).policy.data
     found = open_data(spec, tokenizer=tokenizer_of(minilm()))
     assert found.eval is not None
     order = torch.randperm(len(found.train), generator=torch.Generator().manual_seed(0))
