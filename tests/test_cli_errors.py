@@ -309,6 +309,7 @@ CASES: list[tuple[str, int, tuple[str, ...]]] = [
     ("convert model.pt --steps many", 2, ("--steps", "integer")),
     ("convert", 2, ("source", "--help")),
     ("convert model.pt other.pt", 2, ("other.pt",)),
+    ("inspect model.pt --audit --data train.npz --task classification", 2, ("--data, --task", "--audit loads nothing")),
     ("inspect missing.pt", 4, ("missing.pt",)),
     ("policy explain nothing --plan plan.json", 2, ("'nothing'",)),
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from padconvert.layers.build import Static, build_layer, upcycle
 from padconvert.layers.conv import PadConv1d, PadConv2d
 from padconvert.layers.kmeans import separation
 from padconvert.layers.linear import PadLinear
-from padconvert.layers.packed import pack_bits, unpack_bits
+from padconvert.layers.packed import Units, assemble, pack_bits, unpack_bits
 from padconvert.layers.pad import PadLayer
 from padconvert.layers.routers import linear, mlp, router_class, tensor_shapes
 from padconvert.words import Granularity, Routing
@@ -303,3 +303,21 @@ def test_bits_are_little_endian_and_come_back(bits: list[bool]) -> None:
     packed = pack_bits(torch.tensor(bits))
     assert packed.tolist() == list(sum(bit << i for i, bit in enumerate(bits)).to_bytes((len(bits) + 7) // 8, "little"))
     assert unpack_bits(packed, len(bits)).tolist() == bits
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_gradients_of_assembled_experts_are_those_of_copies(size: int) -> None:
+    units = Units.of_mask(torch.tensor([True, False, False, True, False]))
+    static_NS = torch.randn(3, size, dtype=DOUBLE, requires_grad=True)
+    dynamic_KDS = torch.randn(4, 2, size, dtype=DOUBLE, requires_grad=True)
+    weight_KUS = torch.randn(4, 5, size, dtype=DOUBLE)
+
+    full_KUS = assemble(static_NS, dynamic_KDS, units, 4)
+    taken = torch.autograd.grad((full_KUS * weight_KUS).sum(), (static_NS, dynamic_KDS))
+
+    for k in range(4):
+        torch.testing.assert_close(full_KUS[k, units.static], static_NS.detach(), rtol=0, atol=0)
+        torch.testing.assert_close(full_KUS[k, units.dynamic], dynamic_KDS[k].detach(), rtol=0, atol=0)
+    torch.testing.assert_close(taken[0], weight_KUS[:, units.static].sum(0), rtol=0, atol=1e-15)
+    torch.testing.assert_close(taken[1], weight_KUS[:, units.dynamic], rtol=0, atol=0)
+    assert torch.autograd.gradgradcheck(lambda s, d: assemble(s, d, units, 4).square(), (static_NS, dynamic_KDS))

@@ -38,9 +38,13 @@ def inspect(
 ) -> None:
     """List a file's layers. Of a source: what would be converted, and why not. Of an artefact: what it holds."""
     from padconvert.cli import parse, run
+    from padconvert.errors import UsageError
     from padconvert.options import ConvertOptions
 
     if audit:
+        unread = {"--data": data, "--text-column": text_column, "--task": task, "--arch": arch}
+        if asked := [option for option, value in unread.items() if value]:
+            raise UsageError(f"{', '.join(asked)}: --audit loads nothing; ask for the two in two calls")
         _audit(path, tuple(trust or ()), as_json)
         return
     parse.allow_own_code([arch, *(trust or ())], data or ())
