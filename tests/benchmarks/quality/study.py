@@ -47,8 +47,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 #: trained sources; made again where they are missing
 SOURCES = Path(__file__).resolve().parents[3] / ".study"
 
-#: training examples that are scored after the training
-MOST_TRAINED = 2000
+#: training examples that are scored after the training, in batches of the test
+TRAINED_BATCHES = 4
 
 Result = dict[str, Any]
 
@@ -211,7 +211,7 @@ def _without_augmentation(task: Task) -> Prepared:
     """Some of the training examples as the test sees its own: what an arm has learned of them, beside what it has
     learned from them."""
     train, held_out, _ = task.examples()
-    some = Subset(train.raw, torch.arange(min(MOST_TRAINED, len(train))))
+    some = Subset(train.raw, torch.arange(min(TRAINED_BATCHES * task.evaluated, len(train))))
     return Prepared(some, held_out.preparation, train.metrics)
 
 

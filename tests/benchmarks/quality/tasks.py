@@ -89,7 +89,7 @@ def _texts(names: tuple[str, ...], steps: int, metric: str = "accuracy") -> Task
     """The encoder starts as it was published: nothing is trained before but the head. All arms at one usual rate."""
     return Task(
         " + ".join(names) + f" ({steps} steps)", functools.partial(text.examples, names),
-        functools.partial(text.network, names), pretrain=0, steps=steps, batch=32, rates=(1e-4,), ratio=0.5,
+        functools.partial(text.network, names), pretrain=0, steps=steps, batch=16, rates=(1e-4,), ratio=0.5,
         metric=metric, evaluated=64,
     )  # fmt: skip
 
@@ -121,7 +121,7 @@ def _every() -> Iterator[Task]:
             yield _finished(task)
             yield _long(_finished(task))
         yield _transfer(pixels)
-    for steps in (150, 800):
+    for steps in (120, 1500):
         yield _texts(("SST-2",), steps)
         yield _texts(("CoLA",), steps, metric="matthews")
         yield _texts(("MRPC",), steps)

@@ -35,8 +35,8 @@ FILES = {
 #: class numbers that one head has for all tasks together
 CLASSES = 2
 PAD_TOKEN = 0  # BERT's
-#: tokens of one sentence, and of a pair: about one text in six is cut
-MAX_LENGTH, MAX_LENGTH_OF_PAIR = 40, 64
+#: tokens of one sentence, and of a pair; longer ones are cut, a third of them, to be done on two cores
+MAX_LENGTH, MAX_LENGTH_OF_PAIR = 32, 48
 
 
 def minilm() -> Path:
