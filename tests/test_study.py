@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import padconvert
-from benchmarks.quality import data, nets, report, routings, study, tasks, text
+from benchmarks.quality import aims, data, intervals, nets, report, routings, study, tasks, text
 from benchmarks.quality.arms import BASE, CHANNEL, DYNAMIC, PAD, RANDOM, STATIC, Arm, in_policys_words
 from benchmarks.quality.experiments import EXPERIMENTS, Experiment
 from padconvert.finetune.data.examples import Batch
@@ -150,15 +150,44 @@ def test_differences_are_taken_pair_by_pair(tmp_path: Path) -> None:
     for seed, (static, pad) in enumerate([(0.50, 0.52), (0.60, 0.63), (0.70, 0.71)]):
         scores |= {(STATIC, seed, 0.01): (0.9, static), (PAD, seed, 0.01): (0.9, pad)}
     results = filled(tmp_path, scores)
-    of = {arm: report.runs_of(results, TINY, arm, (0, 1, 2)) for arm in (STATIC, PAD)}
-    found = report.difference(of[PAD], of[STATIC])
+    of = {arm: intervals.runs_of(results, TINY, arm, (0, 1, 2)) for arm in (STATIC, PAD)}
+    found = intervals.difference(of[PAD], of[STATIC])
     assert found is not None
     assert found.half is not None
     # mean 2 points, standard deviation 1, t(0.975, 2) = 4.3027
     assert found.mean == pytest.approx(2.0)
     assert found.half == pytest.approx(4.3027 / 3**0.5, abs=1e-3)
     assert not found.excludes_zero
-    assert report.difference({}, of[STATIC]) is None
+    assert intervals.difference({}, of[STATIC]) is None
+
+
+def test_an_aim_is_reached_by_its_points_and_an_interval_without_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tasks.TASKS, "other", dataclasses.replace(TINY, name="other"))
+    monkeypatch.setattr(
+        aims,
+        "AIMS",
+        (
+            aims.Aim("small gain", ("tiny", "other"), PAD, STATIC, 1.0),
+            aims.Aim("large gain", ("tiny",), PAD, STATIC, 3.0),
+            aims.Aim("no loss", ("tiny",), PAD, DYNAMIC, 0.0),
+            aims.Aim("in the mean", ("tiny", "other"), PAD, STATIC, 1.0, mean=True),
+        ),
+    )
+    scores = {(arm, 0, rate): (rate, 0.5) for arm in (STATIC, DYNAMIC, PAD) for rate in TINY.rates}
+    for seed, (static, dynamic, pad) in enumerate([(0.50, 0.50, 0.52), (0.60, 0.66, 0.62), (0.70, 0.71, 0.721)]):
+        scores |= {(STATIC, seed, 0.01): (0.9, static), (DYNAMIC, seed, 0.01): (0.9, dynamic)}
+        scores |= {(PAD, seed, 0.01): (0.9, pad)}
+    assert list(aims.table(filled(tmp_path, scores)))[2:] == [
+        "| small gain | tiny | ≥ +1 | +2.03 ± 0.14 | reached |",
+        "| small gain | other | ≥ +1 |  | not run |",
+        "| large gain | tiny | ≥ +3 | +2.03 ± 0.14 | **missed** |",
+        "| no loss | tiny | ≥ +0 | -0.30 ± 8.04 | **missed** |",
+        "| in the mean | mean of 1 of 2 tasks | ≥ +1 | +2.03 ± 0.14 | reached |",
+    ]
+    few = {key: value for key, value in scores.items() if key[1] == 0}
+    assert list(aims.table(filled(tmp_path / "few", few)))[2].endswith("| +2.00 (seeds: 1) | **missed** |")
 
 
 def test_the_page_shows_every_arm_that_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,76 +1,26 @@
-"""docs/results.md, of what the study left in `results/`: `PYTHONPATH=tests python -m benchmarks.quality.report`.
-
-A mean is over seeds; ± is half a 95 % interval of Student's t. A difference is taken pair by pair: same seed, so the
-same source, batches and augmentation. Nothing here is chosen: rates were, on held-out training data.
-"""
+"""docs/results.md, of what the study left in `results/`: `PYTHONPATH=tests python -m benchmarks.quality.report`."""
 
 from __future__ import annotations
 
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
-from scipy.stats import t as student
-
+from benchmarks.quality import aims
 from benchmarks.quality.arms import Arm
 from benchmarks.quality.experiments import EXPERIMENTS, Experiment
+from benchmarks.quality.intervals import Interval, difference, on_test, runs_of
 from benchmarks.quality.kinds import FILE as KINDS
-from benchmarks.quality.study import RESULTS, Result, Results, Run, chosen_rate
+from benchmarks.quality.study import RESULTS, Result, Results
 from benchmarks.quality.tasks import TASKS, Task
 
+AIMS_GO_HERE = "<!-- the table of aims -->"
 FEWEST_LINES = 5  # of a section with no runs in it: only its head
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "results.md"
 CHART = DOCUMENT.with_suffix(".svg")
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean in points (hundredths) and half of its 95 % interval; None for fewer than two values."""
-
-    mean: float
-    half: float | None
-
-    @staticmethod
-    def of(values: Sequence[float]) -> Interval:
-        points = [100 * value for value in values]
-        if len(points) < 2:
-            return Interval(fmean(points), None)
-        return Interval(fmean(points), float(student.ppf(0.975, len(points) - 1)) * stdev(points) / len(points) ** 0.5)
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.half is not None and abs(self.mean) > self.half
-
-    def said(self, sign: bool = False) -> str:
-        mean = f"{self.mean:+.2f}" if sign else f"{self.mean:.2f}"
-        return mean if self.half is None else f"{mean} ± {self.half:.2f}"
-
-
-def runs_of(
-    results: Results, task: Task, arm: Arm, seeds: Sequence[int], rate: float | None = None
-) -> dict[int, Result]:
-    """The arm's result for every seed that has one, at `rate` or at the one that was chosen for the arm."""
-    rate = chosen_rate(results, task, arm, seeds[0]) if rate is None else rate
-    if rate is None:
-        return {}
-    found = {seed: results.of(Run(task, arm, seed, rate)) for seed in seeds}
-    return {seed: result for seed, result in found.items() if result is not None}
-
-
-def on_test(runs: dict[int, Result], metric: str) -> Interval:
-    return Interval.of([run["test"][metric] for run in runs.values()])
-
-
-def difference(ours: dict[int, Result], theirs: dict[int, Result], metric: str = "accuracy") -> Interval | None:
-    """Ours minus theirs, seed by seed; None where they share none."""
-    shared = [seed for seed in ours if seed in theirs]
-    if not shared:
-        return None
-    return Interval.of([ours[seed]["test"][metric] - theirs[seed]["test"][metric] for seed in shared])
 
 
 def table(results: Results, experiment: Experiment, task: Task) -> Iterator[str]:
@@ -150,7 +100,7 @@ the static network's, rounds of the partition included. Tables are written by th
 
 def document(results: Results, findings: str = "") -> str:
     """The whole page; `findings` is what a person says of it, kept in `findings.md` beside the list."""
-    parts = [_HEAD, findings]
+    parts = [_HEAD, findings.replace(AIMS_GO_HERE, "\n".join(aims.table(results)))]
     for experiment in EXPERIMENTS:
         sections = [list(table(results, experiment, TASKS[name])) for name in experiment.tasks]
         sections = [lines for lines in sections if len(lines) > FEWEST_LINES]

@@ -1,0 +1,69 @@
+"""What was aimed at before anything was measured, and what came of it: the first table of docs/results.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import fmean
+
+from benchmarks.quality.arms import CHANNEL, DYNAMIC, PAD, RANDOM, STATIC, Arm
+from benchmarks.quality.experiments import SEEDS, TEXTS
+from benchmarks.quality.intervals import Interval, by_seed
+from benchmarks.quality.study import Results
+from benchmarks.quality.tasks import TASKS
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """`ours` at least so many `points` above `theirs`; on each of the tasks, or in their `mean`. Where it is a gain,
+    its interval has to exclude nothing gained."""
+
+    title: str
+    tasks: tuple[str, ...]
+    ours: Arm
+    theirs: Arm
+    points: float
+    mean: bool = False
+
+    def met(self, found: Interval) -> bool:
+        return found.mean >= self.points and (self.points <= 0 or found.excludes_zero)
+
+
+SEVERAL = tuple(f"{name} (16 px, finished, long)" for name in ("two domains", "sensors"))
+ONE = tuple(f"{name} (16 px, finished, long)" for name in ("CIFAR-10", "Fashion-MNIST"))
+
+AIMS: tuple[Aim, ...] = (
+    Aim("several domains, PAD over static", SEVERAL, PAD, STATIC, 2.0),
+    Aim("several domains, PAD over fully dynamic", SEVERAL, PAD, DYNAMIC, 0.0),
+    Aim("several domains, PAD over a random partition", SEVERAL, PAD, RANDOM, 0.5),
+    Aim("one domain, PAD over static", ONE, PAD, STATIC, 1.0),
+    Aim("one domain, PAD over fully dynamic", ONE, PAD, DYNAMIC, 0.7),
+    Aim("texts, PAD over static", TEXTS, PAD, STATIC, 0.0, mean=True),
+    Aim("texts, PAD over fully dynamic", TEXTS, PAD, DYNAMIC, 1.9, mean=True),
+    Aim("all, PAD over a random partition", (*SEVERAL, *ONE, *TEXTS), PAD, RANDOM, 0.3, mean=True),
+    Aim("pictures, `channel` over `element`", (*SEVERAL, *ONE), CHANNEL, PAD, -0.3),
+)
+
+
+def table(results: Results) -> Iterator[str]:
+    """One line an aim and task; of a mean, one line for the tasks that have runs of both arms."""
+    yield "| aim | task | wanted | found | |"
+    yield "|---|---|--:|--:|---|"
+    for aim in AIMS:
+        each = {name: by_seed(results, TASKS[name], aim.ours, aim.theirs, SEEDS) for name in aim.tasks}
+        found = {name: values for name, values in each.items() if values}
+        if aim.mean and found:
+            seeds = set.intersection(*(set(values) for values in found.values()))
+            means = [fmean(values[seed] for values in found.values()) for seed in sorted(seeds)]
+            yield _line(aim, f"mean of {len(found)} of {len(aim.tasks)} tasks", means)
+        elif not aim.mean:
+            yield from (_line(aim, name, list(values.values())) for name, values in each.items())
+
+
+def _line(aim: Aim, where: str, values: list[float]) -> str:
+    found = Interval.of(values) if values else None
+    verdict = "not run" if found is None else "reached" if aim.met(found) else "**missed**"
+    seeds = f" (seeds: {len(values)})" if values and len(values) < len(SEEDS) else ""
+    return (
+        f"| {aim.title} | {where} | ≥ {aim.points:+g} | {found.said(sign=True) if found else ''}{seeds} | {verdict} |"
+    )
