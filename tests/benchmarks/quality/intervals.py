@@ -57,7 +57,8 @@ def on_test(runs: dict[int, Result], metric: str) -> Interval:
 
 def by_seed(results: Results, task: Task, ours: Arm, theirs: Arm, seeds: Sequence[int]) -> dict[int, float]:
     """Ours minus theirs on the test set, for every seed that both have run."""
-    return _differences(*(runs_of(results, task, arm, seeds) for arm in (ours, theirs)), task.metric)
+    first, second = (runs_of(results, task, arm, seeds) for arm in (ours, theirs))
+    return _differences(first, second, task.metric)
 
 
 def difference(ours: dict[int, Result], theirs: dict[int, Result], metric: str = "accuracy") -> Interval | None:
