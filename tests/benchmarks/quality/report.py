@@ -5,19 +5,20 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 
 from benchmarks.quality import aims
-from benchmarks.quality.arms import Arm
+from benchmarks.quality.arms import STATIC, Arm
 from benchmarks.quality.experiments import EXPERIMENTS, Experiment
-from benchmarks.quality.intervals import Interval, difference, on_test, runs_of
+from benchmarks.quality.intervals import Interval, by_seed, difference, on_test, runs_of
 from benchmarks.quality.kinds import FILE as KINDS
 from benchmarks.quality.study import RESULTS, Result, Results
 from benchmarks.quality.tasks import TASKS, Task
 
 AIMS_GO_HERE = "<!-- the table of aims -->"
+CHARTED = ("Finished sources, long", "Texts")
 FEWEST_LINES = 5  # of a section with no runs in it: only its head
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "results.md"
 CHART = DOCUMENT.with_suffix(".svg")
@@ -110,25 +111,23 @@ def document(results: Results, findings: str = "") -> str:
     return "\n".join(parts)
 
 
-def chart(results: Results, experiment: Experiment) -> str:
+def chart(results: Results, experiments: Sequence[Experiment]) -> str:
     """SVG: each arm's gain over the static network, task by task, with its interval."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    arms = [arm for arm in experiment.arms if arm.kind != "static"]
-    static = next(arm for arm in experiment.arms if arm.kind == "static")
-    names = [name for name in experiment.tasks if runs_of(results, TASKS[name], static, experiment.seeds)]
+    arms = list(dict.fromkeys(arm for each in experiments for arm in each.arms if arm.kind != "static"))
+    seeds = {name: each.seeds for each in experiments for name in each.tasks}
+    names = [name for name, numbers in seeds.items() if runs_of(results, TASKS[name], STATIC, numbers)]
     figure = Figure(figsize=(8, 0.8 + 0.2 * len(arms) * len(names)), layout="constrained")
     axes = figure.add_subplot()
     for place, arm in enumerate(arms):
+        axes.plot([], [], "o", color=f"C{place}", label=arm.name)
         for row, name in enumerate(names):
-            task = TASKS[name]
-            ours, theirs = (runs_of(results, task, each, experiment.seeds) for each in (arm, static))
-            found = difference(ours, theirs, task.metric)
+            found = Interval.of(values) if (values := _gains(results, name, arm, seeds[name])) else None
             if found is not None:
                 at = row + 0.8 * (place / len(arms) - 0.4)
-                label = arm.name if row == 0 else None
-                axes.errorbar(found.mean, at, xerr=found.half or 0, fmt="o", color=f"C{place}", label=label, capsize=2)
+                axes.errorbar(found.mean, at, xerr=found.half or 0, fmt="o", color=f"C{place}", capsize=2)
     axes.axvline(0, color="#9aa5b1", linewidth=1)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
@@ -140,10 +139,14 @@ def chart(results: Results, experiment: Experiment) -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 
+def _gains(results: Results, name: str, arm: Arm, seeds: Sequence[int]) -> list[float]:
+    return list(by_seed(results, TASKS[name], arm, STATIC, seeds).values())
+
+
 def main() -> int:
     results, findings = Results(RESULTS), Path(__file__).with_name("findings.md")
     DOCUMENT.write_text(document(results, findings.read_text(encoding="utf-8")), encoding="utf-8")
-    CHART.write_text(chart(results, EXPERIMENTS[0]), encoding="utf-8")
+    CHART.write_text(chart(results, [each for each in EXPERIMENTS if each.title in CHARTED]), encoding="utf-8")
     return 0
 
 

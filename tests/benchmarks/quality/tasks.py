@@ -121,7 +121,7 @@ def _every() -> Iterator[Task]:
             yield _finished(task)
             yield _long(_finished(task))
         yield _transfer(pixels)
-    for steps in (120, 1500):
+    for steps in (120, 480, 1500):
         yield _texts(("SST-2",), steps)
         yield _texts(("CoLA",), steps, metric="matthews")
         yield _texts(("MRPC",), steps)
