@@ -98,8 +98,8 @@ class Results:
 
 
 def chosen_rate(results: Results, task: Task, arm: Arm, pilot: int) -> float | None:
-    """The rate with the best held-out accuracy of the pilot seed's runs; None until all of them are there. A grid of one
-    asks for no runs."""
+    """The rate with the best held-out accuracy of the pilot seed's runs; None until all of them are there. A grid of
+    one asks for no runs."""
     if len(task.rates) == 1:
         return task.rates[0]
     found = [results.of(Run(task, arm, pilot, rate)) for rate in task.rates]
