@@ -147,6 +147,40 @@ def test_a_block_of_experts_is_the_formula(gated: bool, granularity: Granularity
     assert float((parted - unequal).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("tokens", [1, 300])
+@GRANULARITIES
+def test_scales_on_weights_or_on_outputs_are_the_formula_with_its_gradients(
+    granularity: Granularity, tokens: int
+) -> None:
+    """Of one token the outputs are smaller than the experts, of 300 the experts are."""
+    model = as_experts(Ffn(True).double(), granularity, 2, Routing.TOKEN).eval()
+    make_unequal_(model)
+    partition_(model)
+    x = torch.randn(1, tokens, D, dtype=torch.float64)
+    found, wanted = model(x), by_formula(model, x)
+    torch.testing.assert_close(found, wanted, atol=1e-11, rtol=0)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    ours, theirs = (torch.autograd.grad(out.square().sum(), learned, allow_unused=True) for out in (found, wanted))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-8, rtol=1e-9)
+
+
+@GRANULARITIES
+def test_under_autocast_scales_are_rounded_no_more_than_weights_are(granularity: Granularity) -> None:
+    model = as_experts(Ffn(True), granularity, 2, Routing.TOKEN).eval()
+    make_unequal_(model)
+    partition_(model)
+    x = torch.randn(1, 2, D)
+    logits = [p for name, p in model.named_parameters() if name.endswith("scale_logit")]
+    assert logits
+    wanted = torch.autograd.grad(model(x).square().sum(), logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(model(x).float().square().sum(), logits)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype is torch.float32
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.02 * float(other.abs().max() + 1))
+
+
 @CASES
 @GRANULARITIES
 @GATED

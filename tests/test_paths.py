@@ -23,6 +23,7 @@ from padconvert.layers.paths.chooser import PATHS, able, choose
 from padconvert.words import Granularity, Routing
 
 DOUBLE = torch.float64
+BOTH = (Granularity.ELEMENT, Granularity.CHANNEL)
 GRANULARITIES = [Granularity.ELEMENT, Granularity.CHANNEL]
 Source = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -266,16 +267,37 @@ def test_pieces_compute_the_gradients_that_are_wanted(frozen: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
-def test_a_transformed_weight_takes_a_path_that_can_be_transformed() -> None:
+@pytest.mark.parametrize(("granularity", "dynamic"), [(Granularity.CHANNEL, 1.0), *((g, 0.4) for g in BOTH)])
+def test_a_transformed_weight_takes_a_path_that_can_be_transformed(granularity: Granularity, dynamic: float) -> None:
     """`x` is a plain tensor there; pieces would be the choice without the transform."""
-    pad = made_unequal(nn.Conv2d(16, 32, 3, padding=1, dtype=DOUBLE), Granularity.CHANNEL, dynamic=1.0)
+    pad = made_unequal(nn.Conv2d(16, 32, 3, padding=1, dtype=DOUBLE), granularity, dynamic=dynamic)
     x = torch.randn(8, 16, 16, 16, dtype=DOUBLE)
-    assert choose(pad, x) == "pieces"
+    assert choose(pad, x) == "pieces" or dynamic < 1
     values = dict(pad.named_parameters())
     found = torch.func.grad(lambda values: torch.func.functional_call(pad, values, (x,)).square().sum())(values)
     wanted = torch.autograd.grad(pad(x).square().sum(), list(values.values()))
     for name, theirs in zip(values, wanted, strict=True):
         torch.testing.assert_close(found[name], theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own, in its forward mode
+@pytest.mark.parametrize("granularity", BOTH)
+def test_a_linear_layer_can_be_transformed(granularity: Granularity) -> None:
+    pad = made_unequal(nn.Linear(6, 5, dtype=DOUBLE), granularity)
+    x, tangent = torch.randn(7, 6, dtype=DOUBLE), torch.randn(7, 6, dtype=DOUBLE)
+    values: dict[str, Tensor] = dict(pad.named_parameters())
+
+    def of(values: dict[str, Tensor]) -> Tensor:
+        return cast(Tensor, torch.func.functional_call(pad, values, (x,)).square().sum())
+
+    wanted = torch.autograd.grad(pad(x).square().sum(), list(values.values()))
+    for theirs, ours in zip(wanted, torch.func.grad(of)(values).values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    forward = torch.func.jvp(lambda x: pad(x), (x,), (tangent,))[1]
+    small = 1e-6
+    torch.testing.assert_close(
+        forward, (pad(x + small * tangent) - pad(x - small * tangent)) / (2 * small), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_pieces_keep_no_weight_of_a_sample_for_the_gradient() -> None:

@@ -419,3 +419,28 @@ def test_an_interrupted_run_is_saved_at_its_step_and_goes_on_there(
     convert(place / "model.pt", options, again)
     assert again.first == 8
     assert (tmp_path / "out").read_bytes() == uninterrupted["element_sgd"]
+
+
+@pytest.mark.parametrize("memory", ["plain", "transposed", "channels last"])
+def test_a_fused_optimizers_state_comes_back_as_its_parameter_lies(memory: str) -> None:
+    """The state on the disk is in plain order; the fused step goes through memory, whatever the order."""
+    value = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    if memory == "transposed":
+        value = value.transpose(0, 1)
+    elif memory == "channels last":
+        value = value.to(memory_format=torch.channels_last)
+    ends = []
+    for interrupted in (False, True):
+        parameter = nn.Parameter(value.clone())
+        optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+        for step in range(4):
+            parameter.grad = torch.cos(parameter.detach() * 7 + step)
+            optimizer.step()
+            if interrupted:
+                stored = {key: each.clone().contiguous() for key, each in optimizer.state[parameter].items()}
+                optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+                optimizer.state[parameter] = {
+                    key: padconvert.finetune.resume._laid_as(parameter, each) for key, each in stored.items()
+                }
+        ends.append(parameter.detach())
+    assert torch.equal(*ends)

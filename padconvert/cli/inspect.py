@@ -42,7 +42,11 @@ def inspect(
     from padconvert.options import ConvertOptions
 
     if audit:
-        unread = {"--data": data, "--text-column": text_column, "--task": task, "--arch": arch}
+        unread = {
+            "--data": data, "--text-column": text_column, "--task": task, "--arch": arch, "--arch-arg": arch_arg,
+            "--policy": policy, "--preset": preset, "--set": settings, "--input-shape": input_shape,
+            "--state-key": state_key,
+        }  # fmt: skip
         if asked := [option for option, value in unread.items() if value]:
             raise UsageError(f"{', '.join(asked)}: --audit loads nothing; ask for the two in two calls")
         _audit(path, tuple(trust or ()), as_json)

@@ -47,7 +47,9 @@ def make_optimizer(model: nn.Module, train: OptimizerPolicy) -> torch.optim.Opti
     ]
     assert train.lr is not None, "a plan's policy says it"
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=train.lr, fused=True)
+        # one pass over each tensor; there is none for complex numbers
+        fused = all(p.is_floating_point() for group in groups for p in group["params"])
+        return torch.optim.AdamW(groups, lr=train.lr, fused=fused, foreach=False)
     return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, foreach=False)
 
 

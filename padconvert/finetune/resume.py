@@ -192,8 +192,13 @@ def _restore(run: Run, record: dict[str, Any], stored: dict[str, Tensor], train:
         prefix = f"optimizer/{name}/"
         state = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
         if state:
-            run.optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
-            }
+            run.optimizer.state[parameter] = {key: _laid_as(parameter, value) for key, value in state.items()}
     run.step = int(record["step"])
     run.history = list(record["history"])
+
+
+def _laid_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """Where the parameter is, in the order of memory in which it is held: a fused optimizer asks for both."""
+    if value.shape != parameter.shape:  # the number of steps
+        return value.to(parameter.device)
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

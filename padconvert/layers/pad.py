@@ -234,7 +234,7 @@ class PadLayer(nn.Module, ABC):
         return self._assembled(part, *self.cut_part(part))
 
     def relative_experts(self, part: str) -> tuple[Tensor, Tensor | float]:
-        """`expert_tensors` over λ_d, and λ_d: their outputs are scaled in their place, which are smaller."""
+        """`expert_tensors` over λ_d, and λ_d: what they give can be scaled in their place."""
         static_scale, dynamic_scale = self.scales()
         return self._assembled(part, *self._cut_scaled(part, static_scale / dynamic_scale, 1.0)), dynamic_scale
 

@@ -10,20 +10,35 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
     from padconvert.layers.packed import Units
 
 
+def transformed() -> bool:
+    """Whether an export, a trace, torch.func or forward-mode differentiation looks on: they know torch's own operations
+    alone."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 def reordered(value: Tensor, order: Tensor, inverse: Tensor, dim: int) -> Tensor:
     """`value` in another order along `dim`; `inverse` undoes `order`, and takes the gradient back."""
+    if transformed():
+        return value.index_select(dim, order)
     taken: Tensor = _Ordered.apply(value, order, inverse, dim)  # type: ignore[no-untyped-call]
     return taken
 
 
 def placed(static: Tensor, dynamic: Tensor, units: Units) -> Tensor:
     """[B, N, …] and [B, D, …], each unit in its place: [B, U, …]. Differentiable in both."""
-    if torch.compiler.is_exporting():
+    if transformed():
         both = torch.cat([static, dynamic], 1)
         return torch.zeros_like(both).index_copy(1, torch.cat([units.static, units.dynamic]), both)
     whole: Tensor = _Placed.apply(static, dynamic, units.static, units.dynamic)  # type: ignore[no-untyped-call]

@@ -82,7 +82,7 @@ def widen(layer: PadLinearMember, x: Tensor, call: Routed) -> Tensor:
     if layer.weight_static is not None:
         parts.append(torch.nn.functional.linear(x_TI, *_static_rows(layer, x.dtype)))
     if layer.weight_dynamic is not None:
-        parts.append(_every_choice(x_TI, _dynamic_rows(layer, x.dtype), call).flatten(1))
+        parts.append(_every_choice(x_TI, _dynamic_rows(layer), call).flatten(1))
     return _placed(torch.cat(parts, -1), call)
 
 
@@ -99,7 +99,7 @@ def narrow(layer: PadLinearMember, x: Tensor, call: Routed) -> Tensor:
         return experts_in_place.narrow(layer, x_TH, call).to(x.dtype).reshape(*call.lead, layer.out_features)
     if layer.granularity is not Granularity.NEURON:
         x_TJI = x_TH.reshape(x_TH.shape[0], layer.top_k, layer.in_features)
-        mixed_TO = _weighed_choice(x_TJI, _experts(layer, x.dtype), call)
+        mixed_TO = _weighed_choice(x_TJI, _experts(layer), call)
         return mixed_TO.to(x.dtype).reshape(*call.lead, layer.out_features)
     return _narrow_neurons(layer, x_TH, call).to(x.dtype).reshape(*call.lead, layer.out_features)
 
@@ -117,22 +117,39 @@ def _narrow_neurons(layer: PadLinearMember, x_TH: Tensor, call: Routed) -> Tenso
     if layer.weight_dynamic is None:
         return out_TO
     x_TJD = dynamic_TH.reshape(x_TH.shape[0], layer.top_k, -1)
-    columns = _Experts(layer.weight_dynamic.to(x_TH.dtype), None, layer.scales()[1])
+    columns = _Experts(layer.weight_dynamic, None, layer.scales()[1])
     mixed_TO = _weighed_choice(x_TJD, columns, call)
     return out_TO.to(mixed_TO.dtype) + mixed_TO
 
 
 @dataclass(frozen=True, slots=True)
 class _Experts:
-    """W_k = `scale` · `weight_KOI[k]`, and so the biases. What the experts give is scaled, since they are K times as
-    large as one weight."""
+    """W_k = `scale` · `weight_KOI[k]`, and so the biases; not yet in the dtype of a call."""
 
     weight_KOI: Tensor
     bias_KO: Tensor | None
     scale: Tensor | float
 
+    def settled(self, dtype: torch.dtype) -> _Experts:
+        """With the scale in the weights, of `dtype`: it is rounded once, from the dtype it is learned in."""
+        bias = None if self.bias_KO is None else scaled(self.bias_KO, self.scale, dtype)
+        return _Experts(scaled(self.weight_KOI, self.scale, dtype), bias, 1.0)
+
+    def for_rows(self, rows: int, x: Tensor) -> _Experts:
+        """The scale goes onto what is smaller, the weights or the outputs of so many rows of `x`; in half precision
+        onto the weights."""
+        smaller = rows * self.weight_KOI.shape[1] < self.weight_KOI.numel()
+        if isinstance(self.scale, float) or not (smaller and _at_full_precision(x, self.scale)):
+            return self.settled(x.dtype)
+        bias = None if self.bias_KO is None else self.bias_KO.to(x.dtype)
+        return _Experts(self.weight_KOI.to(x.dtype), bias, self.scale)
+
     def scaled(self, out: Tensor) -> Tensor:
-        return out if isinstance(self.scale, float) else (out * self.scale).to(out.dtype)
+        return out if isinstance(self.scale, float) else out * self.scale
+
+
+def _at_full_precision(x: Tensor, scale: Tensor) -> bool:
+    return x.dtype is scale.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
 def _static_rows(layer: PadLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -142,29 +159,28 @@ def _static_rows(layer: PadLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor |
     return scaled(layer.weight_static, scale, dtype), bias
 
 
-def _dynamic_rows(layer: PadLinear, dtype: torch.dtype) -> _Experts:
+def _dynamic_rows(layer: PadLinear) -> _Experts:
     assert layer.weight_dynamic is not None
-    bias = None if layer.bias_dynamic is None else layer.bias_dynamic.to(dtype)
-    return _Experts(layer.weight_dynamic.to(dtype), bias, layer.scales()[1])
+    return _Experts(layer.weight_dynamic, layer.bias_dynamic, layer.scales()[1])
 
 
-def _experts(layer: PadLinear, dtype: torch.dtype) -> _Experts:
+def _experts(layer: PadLinear) -> _Experts:
     weight, scale = layer.relative_experts("weight")
-    bias = layer.relative_experts("bias")[0].to(dtype) if layer.has_bias else None
-    return _Experts(weight.to(dtype), bias, scale)
+    bias = layer.relative_experts("bias")[0] if layer.has_bias else None
+    return _Experts(weight, bias, scale)
 
 
 def _each(layer: PadLinear, x_TI: Tensor, call: Routed) -> Tensor:
     """[T, I] → [T, J, O]: every token by each of its experts."""
-    return _every_choice(x_TI, _experts(layer, x_TI.dtype), call)
+    return _every_choice(x_TI, _experts(layer), call)
 
 
 def _every_choice(x_TI: Tensor, experts: _Experts, call: Routed) -> Tensor:
     if torch.compiler.is_exporting():
+        experts = experts.settled(x_TI.dtype)
         out_TKO = torch.einsum("ti,koi->tko", x_TI, experts.weight_KOI)
         out_TKO = out_TKO if experts.bias_KO is None else out_TKO + experts.bias_KO
-        chosen_TJO = out_TKO.gather(1, call.chosen_TJ[..., None].expand(-1, -1, out_TKO.shape[-1]))
-        return experts.scaled(chosen_TJO)
+        return out_TKO.gather(1, call.chosen_TJ[..., None].expand(-1, -1, out_TKO.shape[-1]))
     rows_NI = x_TI[:, None].expand(-1, call.chosen_TJ.shape[1], -1).flatten(0, 1)
     return _by_expert(rows_NI, experts, call.by_expert).reshape(*call.chosen_TJ.shape, -1)
 
@@ -172,12 +188,11 @@ def _every_choice(x_TI: Tensor, experts: _Experts, call: Routed) -> Tensor:
 def _weighed_choice(x_TJI: Tensor, experts: _Experts, call: Routed) -> Tensor:
     """Σ_j π_j (W_j x_j + b_j): [T, J, I] → [T, O] in the mixing dtype."""
     if torch.compiler.is_exporting():
+        experts = experts.settled(x_TJI.dtype)
         place_TJK = torch.nn.functional.one_hot(call.chosen_TJ, len(experts.weight_KOI)).to(call.gates_TJ.dtype)
         gated_TKI = torch.einsum("tjk,tj,tji->tki", place_TJK, call.gates_TJ, x_TJI.to(call.gates_TJ.dtype))
         mixed_TO = torch.einsum("tki,koi->to", gated_TKI, experts.weight_KOI.to(gated_TKI.dtype))
-        if experts.bias_KO is not None:
-            mixed_TO = mixed_TO + call.routing @ experts.bias_KO.to(mixed_TO.dtype)
-        return experts.scaled(mixed_TO)
+        return mixed_TO if experts.bias_KO is None else mixed_TO + call.routing @ experts.bias_KO.to(mixed_TO.dtype)
     out_NO = _by_expert(x_TJI.flatten(0, 1), experts, call.by_expert)
     return _weighed(out_NO.reshape(*call.chosen_TJ.shape, -1), call)
 
@@ -190,7 +205,7 @@ def _weighed(out_TJO: Tensor, call: Routed) -> Tensor:
 
 def _by_expert(rows_NI: Tensor, experts: _Experts, rows: Dispatch) -> Tensor:
     """Each row by its own expert: [N, I] → [N, O]. Rows are sorted by expert, so each expert is called once."""
-    sorted_NI = reordered(rows_NI, rows.order_N, rows.inverse_N, 0)
+    sorted_NI, experts = reordered(rows_NI, rows.order_N, rows.inverse_N, 0), experts.for_rows(len(rows_NI), rows_NI)
     at_once = grouped.serves(sorted_NI) and grouped.suits(experts.weight_KOI)
     product = grouped.linear if at_once else grouped.linear_by_loop
     out_NO = experts.scaled(product(sorted_NI, experts.weight_KOI, experts.bias_KO, rows))

@@ -87,8 +87,9 @@ _HEAD = """# Results
 
 Does a conversion pay? Every arm starts from the same trained network and trains for the same steps on the same batches
 with the same augmentation: the static network itself, the fully dynamic one, and partially dynamic ones (PAD, κ = 0.3,
-K = 4, `element` unless said) whose dynamic entries are chosen by their score, or at random. The learning rate of each
-arm is chosen from the same grid on held-out training data with the first seed; the test set chooses nothing.
+K = 4, `element` unless said) whose dynamic entries are chosen by their score, or at random. The learning rate is one
+for all arms where a section says so; elsewhere each arm's is chosen from the same grid on held-out training data with
+the first seed. The test set chooses nothing.
 ± is half a 95 % interval of Student's t over seeds, differences are pair by pair. *Loss* is the
 cross-entropy on the test set, which moves less by chance than an accuracy does. *On training data* is the same metric
 on some of the examples that were trained on. *Bytes* are those of the converted layers over the fully dynamic

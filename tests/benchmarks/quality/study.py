@@ -214,7 +214,8 @@ def _without_augmentation(task: Task) -> Prepared:
     """Some of the training examples as the test sees its own: what an arm has learned of them, beside what it has
     learned from them."""
     train, held_out, _ = task.examples()
-    some = Subset(train.raw, torch.arange(min(TRAINED_BATCHES * task.evaluated, len(train))))
+    drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: TRAINED_BATCHES * task.evaluated]
+    some = Subset(train.raw, drawn.sort().values)
     return Prepared(some, held_out.preparation, train.metrics)
 
 
