@@ -198,17 +198,25 @@ def _settled(entry: LayerPlan, model: nn.Module) -> LayerPlan:
     return replace(entry, n_dynamic=facts.n_dynamic, n_bias_dynamic=facts.n_bias_dynamic)
 
 
+#: of a verdict; with fewer, one example decides
+FEWEST_EXAMPLES = 20
+
+
 def verdict(output: Metrics, static: Metrics | None, samples: int) -> str:
     """One plain sentence: did the conversion gain over fine-tuning the static model for the same steps?
 
-    Accuracies on `samples` examples differ by chance; twice the standard error of the difference counts as none.
+    Accuracies on `samples` examples differ by chance; twice the standard error of the difference counts as none. One
+    success and one failure are added to each, so that this is never 0 (Agresti and Caffo, 2000). The two are taken as
+    independent, which they are not: what is chance is rather said too high.
     """
     if static is None or "accuracy" not in output or "accuracy" not in static:
         return ""
     gain = output["accuracy"] - static["accuracy"]
-    variance = sum(accuracy * (1 - accuracy) for accuracy in (output["accuracy"], static["accuracy"])) / max(samples, 1)
-    noise = 2 * math.sqrt(variance)
     against = "fine-tuning the static model for the same steps"
+    if samples < FEWEST_EXAMPLES:
+        return f"No verdict against {against}: fewer than {FEWEST_EXAMPLES} examples were evaluated, too few to tell."
+    shares = [(each["accuracy"] * samples + 1) / (samples + 2) for each in (output, static)]
+    noise = 2 * math.sqrt(sum(share * (1 - share) for share in shares) / (samples + 2))
     what = f"{abs(100 * gain):.2f} points on {samples} examples, where ±{100 * noise:.2f} is chance"
     if gain > noise:
         return f"A gain over {against}: +{what}."

@@ -86,6 +86,16 @@ def test_data_tell_of_how_many_kinds_the_inputs_are(
     assert words in " ".join(shown.split())
 
 
+def test_few_examples_are_not_judged(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four experts ask for ten points each."""
+    random = np.random.RandomState(0)
+    np.savez("few.npz", x=random.rand(36, 1, 8, 8).astype(np.float32), y=random.randint(0, 2, 36))
+    assert main(["inspect", str(source), "--data", "few.npz", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert all(layer["separation"] is None for layer in said["layers"])
+    assert any("too few examples" in note for note in said["notes"])
+
+
 def test_data_are_for_a_source_that_can_be_called(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez("train.npz", x=np.zeros((8, 1, 8, 8), np.float32), y=np.zeros(8, np.int64))
     save_file(dict(network().state_dict()), "model.safetensors")

@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 import report_cases as cases
-from padconvert.account import card_lines
+from padconvert.account import card_lines, verdict
 from padconvert.report import json_document, numbers, terminal
 from padconvert.report.html import page
 from padconvert.report.layers_table import layers_table
@@ -417,3 +417,26 @@ def test_a_partition_that_keeps_everything_is_no_course() -> None:
     assert "partition  100 → 55 → 30 % dynamic" in rendered(cases.TRAINED)
     whole = replace(cases.TRAINED, history=({"step": 1, "ratio": 1.0}, {"step": 2, "ratio": 1.0}))
     assert "partition" not in rendered(whole)
+
+
+@pytest.mark.parametrize(
+    ("output", "static", "samples", "said"),
+    [
+        # (150 + 1) / 202 and (130 + 1) / 202: 2 √((0.7475 · 0.2525 + 0.6485 · 0.3515) / 202) = 0.0908
+        (0.75, 0.65, 200, "A gain over S: +10.00 points on 200 examples, where ±9.08 is chance."),
+        (0.65, 0.75, 200, "A loss against S: −10.00 points on 200 examples, where ±9.08 is chance."),
+        (
+            0.7,
+            0.65,
+            200,
+            "No gain over S that this evaluation could show: +5.00 points on 200 examples, where ±9.32 is",
+        ),
+        # all right against all wrong: of two examples that is chance, of twenty it is not
+        (1.0, 0.0, 2, "No verdict against S: fewer than 20 examples were evaluated, too few to tell."),
+        (1.0, 0.0, 20, "A gain over S: +100.00 points on 20 examples, where ±12.56 is"),
+        (1.0, 1.0, 50, "No gain over S that this evaluation could show: +0.00 points on 50 examples, where ±5.39 is"),
+    ],
+)
+def test_a_verdict_knows_chance(output: float, static: float, samples: int, said: str) -> None:
+    found = verdict({"accuracy": output}, {"accuracy": static}, samples)
+    assert found.startswith(said.replace("S", "fine-tuning the static model for the same steps", 1))

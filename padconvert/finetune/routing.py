@@ -15,6 +15,8 @@ from padconvert.walk.quiet import evaluating
 
 #: pooled inputs kept for one layer; k-means gains nothing from more
 MOST_POINTS = 4096
+#: of how many kinds inputs are is not judged from fewer for each expert
+FEWEST_POINTS = 10
 
 
 def set_routers_(
@@ -47,6 +49,7 @@ def separations(
     return {
         name: separation(points_NC, layers[name].num_experts, _generator(seed, places[name]))
         for name, points_NC in seen.items()
+        if len(points_NC) >= FEWEST_POINTS * layers[name].num_experts
     }
 
 
