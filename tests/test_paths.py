@@ -23,7 +23,6 @@ from padconvert.layers.paths.chooser import PATHS, able, choose
 from padconvert.words import Granularity, Routing
 
 DOUBLE = torch.float64
-BOTH = (Granularity.ELEMENT, Granularity.CHANNEL)
 GRANULARITIES = [Granularity.ELEMENT, Granularity.CHANNEL]
 Source = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -267,7 +266,7 @@ def test_pieces_compute_the_gradients_that_are_wanted(frozen: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize(("granularity", "dynamic"), [(Granularity.CHANNEL, 1.0), *((g, 0.4) for g in BOTH)])
+@pytest.mark.parametrize(("granularity", "dynamic"), [(Granularity.CHANNEL, 1.0), *((g, 0.4) for g in GRANULARITIES)])
 def test_a_transformed_weight_takes_a_path_that_can_be_transformed(granularity: Granularity, dynamic: float) -> None:
     """`x` is a plain tensor there; pieces would be the choice without the transform."""
     pad = made_unequal(nn.Conv2d(16, 32, 3, padding=1, dtype=DOUBLE), granularity, dynamic=dynamic)
@@ -281,7 +280,7 @@ def test_a_transformed_weight_takes_a_path_that_can_be_transformed(granularity: 
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own, in its forward mode
-@pytest.mark.parametrize("granularity", BOTH)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_a_linear_layer_can_be_transformed(granularity: Granularity) -> None:
     pad = made_unequal(nn.Linear(6, 5, dtype=DOUBLE), granularity)
     x, tangent = torch.randn(7, 6, dtype=DOUBLE), torch.randn(7, 6, dtype=DOUBLE)
