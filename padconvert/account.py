@@ -13,11 +13,12 @@ from padconvert.checkpoint.layout import expected_tensors
 from padconvert.checkpoint.manifest import Manifest
 from padconvert.checkpoint.read import Checkpoint
 from padconvert.errors import VerificationError
+from padconvert.finetune.evaluate import Judged
 from padconvert.layers.pad import PadLayer
 from padconvert.plan import LayerPlan, Plan, TensorSizes
 from padconvert.plan.cost import active_copies, cost_of
 from padconvert.plan.count import item_sizes
-from padconvert.results import STARVED, Comparison, LayerResult, Metrics, RouterUse, Totals
+from padconvert.results import STARVED, Comparison, LayerResult, RouterUse, Totals
 from padconvert.words import Verdict
 
 _BUG = "This is an error of padconvert; please report it with the plan (--plan-out)."
@@ -202,21 +203,24 @@ def _settled(entry: LayerPlan, model: nn.Module) -> LayerPlan:
 FEWEST_EXAMPLES = 20
 
 
-def verdict(output: Metrics, static: Metrics | None, samples: int) -> str:
+def verdict(output: Judged, static: Judged | None) -> str:
     """One plain sentence: did the conversion gain over fine-tuning the static model for the same steps?
 
-    Accuracies on `samples` examples differ by chance; twice the standard error of the difference counts as none. One
-    success and one failure are added to each, so that this is never 0 (Agresti and Caffo, 2000). The two are taken as
-    independent, which they are not: what is chance is rather said too high.
+    Both answered the same examples, so what counts is where they differ: twice the standard error of the mean of the
+    examples' differences is chance. One example more for either side is added, so that this is never 0 (Bonett and
+    Price, 2012). How much another training seed would change is not in it.
     """
-    if static is None or "accuracy" not in output or "accuracy" not in static:
+    if static is None or output.right_N is None or static.right_N is None:
         return ""
-    gain = output["accuracy"] - static["accuracy"]
+    gain = output.metrics["accuracy"] - static.metrics["accuracy"]
     against = "fine-tuning the static model for the same steps"
+    apart_N = output.right_N - static.right_N
+    samples = len(apart_N)
     if samples < FEWEST_EXAMPLES:
         return f"No verdict against {against}: fewer than {FEWEST_EXAMPLES} examples were evaluated, too few to tell."
-    shares = [(each["accuracy"] * samples + 1) / (samples + 2) for each in (output, static)]
-    noise = 2 * math.sqrt(sum(share * (1 - share) for share in shares) / (samples + 2))
+    mean = float(apart_N.sum()) / (samples + 2)
+    variance = (float(apart_N.square().sum()) + 2) / (samples + 2) - mean**2
+    noise = 2 * math.sqrt(variance / (samples + 2))
     what = f"{abs(100 * gain):.2f} points on {samples} examples, where ±{100 * noise:.2f} is chance"
     if gain > noise:
         return f"A gain over {against}: +{what}."

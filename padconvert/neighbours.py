@@ -15,6 +15,7 @@ import padconvert
 from padconvert.account import verdict
 from padconvert.errors import UsageError
 from padconvert.finetune.data.sources import Data, checksum
+from padconvert.finetune.evaluate import Judged
 from padconvert.finetune.resume import WorkDir
 from padconvert.finetune.train import Trainer
 from padconvert.finetune.usage import router_use
@@ -26,7 +27,7 @@ from padconvert.plan import Plan, plan_to_json
 from padconvert.policy import settings_of
 from padconvert.precision import restore_dtypes_, upcast_
 from padconvert.progress import Progress
-from padconvert.results import Comparison, Metrics, RouterUse
+from padconvert.results import Comparison, RouterUse
 from padconvert.rewrite import pad_layers
 
 
@@ -50,7 +51,7 @@ def train_(
     source = upcast_(copy.deepcopy(opened.module))
     work_dir = _work_dir(opened, plan, data, options)
     trainer = Trainer.of(plan.policy, data, source, options.seed, device, progress, work_dir)
-    before = trainer.metrics(source)
+    before = trainer.judged(source).metrics
     static, full = _controls(trainer, source, model, opened, options)
     progress.stage("train")
     if not opened.goes_on:
@@ -58,11 +59,13 @@ def train_(
     partitioner = Partitioner(model, plan) if plan.converted and not opened.goes_on else None
     history = trainer.fit_(model, partitioner, "output")
     stored = _as_stored(model, opened.module)
-    after = trainer.metrics(stored)
+    after = trainer.judged(stored)
     routers = router_use(stored, data.eval or data.train, plan.policy.train.batch_size, device)
-    samples = len(data.eval) if data.eval is not None else 0
-    said = verdict(after, static, samples)
-    return Trained(Comparison(before, after, static, full, said) if before else None, history, routers)
+    compared = None
+    if before:
+        fine_tuned, whole = (each.metrics if each is not None else None for each in (static, full))
+        compared = Comparison(before, after.metrics, fine_tuned, whole, verdict(after, static))
+    return Trained(compared, history, routers)
 
 
 def _as_stored(model: nn.Module, source: nn.Module) -> nn.Module:
@@ -72,7 +75,7 @@ def _as_stored(model: nn.Module, source: nn.Module) -> nn.Module:
 
 def _controls(
     trainer: Trainer, source: nn.Module, model: nn.Module, opened: Opened, options: ConvertOptions
-) -> tuple[Metrics | None, Metrics | None]:
+) -> tuple[Judged | None, Judged | None]:
     """With `--compare`: the static source and the fully dynamic network after the same steps on the same batches."""
     if not (options.compare or trainer.policy.train.compare):
         return None, None
@@ -85,7 +88,7 @@ def _controls(
     full = copy.deepcopy(model)
     trainer.set_routers_(full, pad_layers(full))
     trainer.fit_(full, None, "fully_dynamic")
-    return trainer.metrics(static), trainer.metrics(full)
+    return trainer.judged(static), trainer.judged(full)
 
 
 def _work_dir(opened: Opened, plan: Plan, data: Data, options: ConvertOptions) -> WorkDir | None:

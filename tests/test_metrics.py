@@ -15,7 +15,7 @@ from torch.nn import functional
 from padconvert.errors import FileError, PolicyError, VerificationError
 from padconvert.finetune.data.examples import TensorExamples
 from padconvert.finetune.data.preparation import Preparation, Prepared
-from padconvert.finetune.evaluate import evaluate
+from padconvert.finetune.evaluate import evaluate, judge
 from padconvert.finetune.metrics import OF_CLASSES, OF_VALUES, metrics_for
 
 sk = pytest.importorskip("sklearn.metrics")
@@ -117,6 +117,28 @@ def test_dense_and_ignored_labels() -> None:
     assert numbers["loss"] == pytest.approx(expected.item(), rel=1e-5)
     with pytest.raises(FileError, match="every label is -100"):
         evaluate(Reader(), TensorExamples(logits, torch.full_like(labels, -100)), 2)
+
+
+def rights(logits: Tensor, labels: Tensor, batch_size: int) -> list[float]:
+    found = judge(Reader(), TensorExamples(logits, labels), batch_size).right_N
+    assert found is not None
+    values: list[float] = found.tolist()
+    return values
+
+
+def test_which_examples_were_right() -> None:
+    logits = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(0))
+    labels = logits.argmax(1)
+    labels[0] = -100  # no label counts: left out
+    labels[1] = torch.tensor([-100, (labels[1, 1] + 1) % 4, labels[1, 2]])
+    labels[4] = (labels[4] + 1) % 4
+    assert rights(logits, labels, 4) == [0.5, 1, 1, 0, 1]
+    assert rights(LOGITS, LABELS, 7) == (LOGITS.argmax(1) == LABELS).double().tolist()
+    assert judge(Reader(), TensorExamples(LOGITS[:, :1], LOGITS[:, 1]), 4).right_N is None
+
+
+def test_a_floating_label_of_minus_100_counts() -> None:
+    assert evaluate(Reader(), TensorExamples(torch.zeros(4, 1), torch.full((4,), -100.0)), 4)["mse"] == 10_000
 
 
 def test_values_and_no_labels() -> None:

@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from scipy.stats import sem
 
 import report_cases as cases
 from padconvert.account import card_lines, verdict
+from padconvert.finetune.evaluate import Judged
 from padconvert.report import json_document, numbers, terminal
 from padconvert.report.html import page
 from padconvert.report.layers_table import layers_table
@@ -420,23 +423,37 @@ def test_a_partition_that_keeps_everything_is_no_course() -> None:
 
 
 @pytest.mark.parametrize(
-    ("output", "static", "samples", "said"),
+    ("only_output", "only_static", "samples", "said"),
     [
-        # (150 + 1) / 202 and (130 + 1) / 202: 2 √((0.7475 · 0.2525 + 0.6485 · 0.3515) / 202) = 0.0908
-        (0.75, 0.65, 200, "A gain over S: +10.00 points on 200 examples, where ±9.08 is chance."),
-        (0.65, 0.75, 200, "A loss against S: −10.00 points on 200 examples, where ±9.08 is chance."),
-        (
-            0.7,
-            0.65,
-            200,
-            "No gain over S that this evaluation could show: +5.00 points on 200 examples, where ±9.32 is",
-        ),
+        # (30 − 10) / 202 = 0.099; (42 / 202 − 0.099²) / 202, its root doubled: 0.0627
+        (30, 10, 200, "A gain over S: +10.00 points on 200 examples, where ±6.26 is chance."),
+        (10, 30, 200, "A loss against S: −10.00 points on 200 examples, where ±6.26 is chance."),
+        # the same gain where the two differ on more: (122 / 202 − 0.099²) / 202
+        (70, 50, 200, "No gain over S that this evaluation could show: +10.00 points on 200 examples, where ±10.85 is"),
         # all right against all wrong: of two examples that is chance, of twenty it is not
-        (1.0, 0.0, 2, "No verdict against S: fewer than 20 examples were evaluated, too few to tell."),
-        (1.0, 0.0, 20, "A gain over S: +100.00 points on 20 examples, where ±12.56 is"),
-        (1.0, 1.0, 50, "No gain over S that this evaluation could show: +0.00 points on 50 examples, where ±5.39 is"),
+        (2, 0, 2, "No verdict against S: fewer than 20 examples were evaluated, too few to tell."),
+        (20, 0, 20, "A gain over S: +100.00 points on 20 examples, where ±17.76 is"),
+        (0, 0, 50, "No gain over S that this evaluation could show: +0.00 points on 50 examples, where ±5.44 is"),
     ],
 )
-def test_a_verdict_knows_chance(output: float, static: float, samples: int, said: str) -> None:
-    found = verdict({"accuracy": output}, {"accuracy": static}, samples)
+def test_a_verdict_knows_chance(only_output: int, only_static: int, samples: int, said: str) -> None:
+    """Both are right on what is left of the examples."""
+    output, static = torch.ones(2, samples, dtype=torch.float64)
+    static[:only_output] = 0
+    output[samples - only_static :] = 0
+    found = verdict(*(Judged({"accuracy": float(right_N.mean())}, right_N) for right_N in (output, static)))
     assert found.startswith(said.replace("S", "fine-tuning the static model for the same steps", 1))
+
+
+def test_a_verdicts_chance_is_that_of_pairs() -> None:
+    """Twice the standard error that SciPy gives of the differences, one example more for either side among them."""
+    generator = torch.Generator().manual_seed(0)
+    output, static = (torch.rand(400, generator=generator).double().round(decimals=1) for _ in range(2))
+    apart = [*(output - static).tolist(), 1.0, -1.0]
+    said = verdict(Judged({"accuracy": 0.5}, output), Judged({"accuracy": 0.5}, static))
+    assert f"±{200 * sem(apart, ddof=0):.2f} is chance" in said
+
+
+def test_no_verdict_without_a_control_or_class_labels() -> None:
+    values = Judged({"mse": 0.5})
+    assert verdict(values, values) == verdict(Judged({"accuracy": 1.0}, torch.ones(30)), None) == ""

@@ -14,7 +14,7 @@ from padconvert.finetune.data.batches import Batches
 from padconvert.finetune.data.examples import Batch, Examples, known_labels, tensors_of
 from padconvert.finetune.data.labels import check_labels
 from padconvert.finetune.data.sources import Data
-from padconvert.finetune.evaluate import evaluate
+from padconvert.finetune.evaluate import Judged, judge
 from padconvert.finetune.loop import Setting, finetune_, routing_forwards, start
 from padconvert.finetune.objectives import Objective, class_axis, dtype_of, forward, logits_of
 from padconvert.finetune.phases import Phases
@@ -66,11 +66,11 @@ class Trainer:
         finetune_(run, self.setting, self.progress, keeper)
         return run.history
 
-    def metrics(self, model: nn.Module) -> dict[str, float]:
-        """What the model scores on the evaluation data; empty where there is none or it has no labels."""
+    def judged(self, model: nn.Module) -> Judged:
+        """The model on the evaluation data; without metrics where there is none or it has no labels."""
         if self.data.eval is None:
-            return {}
-        return evaluate(model, self.data.eval, max(self.policy.train.batch_size, 256), device=self.setting.device)
+            return Judged({})
+        return judge(model, self.data.eval, max(self.policy.train.batch_size, 256), device=self.setting.device)
 
 
 def objective_of(policy: Policy, data: Data) -> Objective:
