@@ -12,15 +12,18 @@ import torch
 from torch import nn
 
 import padconvert
-from benchmarks.quality import aims, data, intervals, nets, report, routings, study, tasks, text
-from benchmarks.quality.arms import BASE, CHANNEL, DYNAMIC, PAD, RANDOM, STATIC, Arm, in_policys_words
+from benchmarks.quality import aims, data, intervals, nets, report, routings, study, tasks, text, trials
+from benchmarks.quality.arms import BASE, CHANNEL, DYNAMIC, PAD, RANDOM, STATIC, THIRD_IDEAS, Arm, in_policys_words
 from benchmarks.quality.experiments import EXPERIMENTS, Experiment
 from padconvert.finetune.data.examples import Batch
 from padconvert.finetune.evaluate import evaluate
+from padconvert.finetune.loop import start
+from padconvert.finetune.train import Trainer
 from padconvert.policy import load_policy
 from padconvert.rewrite import pad_layers
 
 CPU = torch.device("cpu")
+COMMITTED = study.RESULTS
 
 
 def pictures(count: int, seed: int) -> data.Pictures:
@@ -129,6 +132,92 @@ def test_an_idea_of_routing_groups_samples_alike_in_every_layer(grouping: str) -
     assert max(agreement, 1 - agreement) > 0.95
 
 
+def converted(arm: Arm = PAD) -> tuple[nn.Module, Trainer]:
+    """The tiny network, fully dynamic, with the arm's trials of layers, and what would train it."""
+    settings = {**arm.overrides(BASE, 0.3), "train.batch_size": 16, "train.lr": 0.01, "train.steps": 4}
+    trainer = study.trainer_of(TINY, settings, tiny_network(0), 0, CPU)
+    model = tiny_network(0).eval()
+    padconvert.rewrite_(model, padconvert.plan(model, trainer.policy, inputs=torch.zeros(2, 3, 8, 8)))
+    return model, trainer
+
+
+def test_routers_that_read_deviations() -> None:
+    model, _ = converted()
+    trials.read_deviations_(model)
+    for layer in pad_layers(model).values():
+        x = torch.randn(3, layer.router_channels // 2, 5, 5)
+        expected = torch.cat([x.mean((2, 3)), x.std((2, 3), unbiased=False)], 1)
+        torch.testing.assert_close(layer.pooled(x), expected)
+        assert layer.route(x).shape == (3, 4)
+
+
+def test_routers_that_read_the_layer_before() -> None:
+    model, trainer = converted()
+    trials.read_the_layer_before_(model)
+    trainer.set_routers_(model, pad_layers(model))
+    inputs: dict[str, torch.Tensor] = {}
+    for name, layer in pad_layers(model).items():
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].mean((2, 3))}))
+    model(torch.rand(3, 3, 8, 8))
+    own = list(inputs.values())
+    for place, layer in enumerate(pad_layers(model).values()):
+        before = own[place - 1 : place]
+        x = torch.rand(3, layer.weight_shape[1], 5, 5)
+        torch.testing.assert_close(layer.pooled(x), torch.cat([x.mean((2, 3)), *before], 1))
+        layer.pooled(own[place][:, :, None, None])
+
+
+def test_noise_leaves_the_mean_of_the_experts() -> None:
+    model, _ = converted()
+    layer = next(iter(pad_layers(model).values()))
+    assert layer.weight_dynamic is not None
+    before = layer.weight_dynamic.detach().clone()
+    trials.add_noise_(model, 0.1, 0)
+    after = layer.weight_dynamic.detach()
+    torch.testing.assert_close(after.mean(0), before.mean(0))
+    assert float((after - before).std() / before.std()) == pytest.approx(0.1 * 0.75**0.5, rel=0.2)
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5])
+def test_experts_rates(factor: float) -> None:
+    plain, trainer = converted()
+    hurried, _ = converted()
+    before = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    for model, each in ((plain, 1.0), (hurried, factor)):
+        run = start(model, None, trainer.setting)
+        trials.hurry_experts_(run, each)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        run.optimizer.step()
+    for (name, one), two in zip(plain.named_parameters(), hurried.parameters(), strict=True):
+        expected = factor if "_dynamic" in name else 1.0
+        torch.testing.assert_close(two - before[name], expected * (one - before[name]), rtol=1e-3, atol=1e-7)
+
+
+def test_an_average_is_of_the_last_steps() -> None:
+    model, trainer = converted()
+    run, keeper = start(model, None, trainer.setting), trials.Averaged()
+    for run.step in range(1, 5):  # begins after 0.7 of 4 steps
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(float(run.step))
+        keeper.step_done(run)
+    keeper.finish_(model)
+    expected = 3 * trials.DECAY + 4 * (1 - trials.DECAY)
+    assert all(float((p - expected).detach().abs().max()) < 1e-6 for p in model.parameters())
+
+
+@pytest.mark.parametrize("arm", THIRD_IDEAS, ids=lambda arm: arm.name)
+def test_an_idea_of_the_studys_own_runs(arm: Arm) -> None:
+    plain = {"static": STATIC, "dynamic": DYNAMIC, "pad": PAD}[arm.kind]
+    ours, theirs = (study.run_one(study.Run(TINY, each, 0, 0.01), CPU) for each in (arm, plain))
+    assert ours["test"]["loss"] != theirs["test"]["loss"]
+    reads = arm.trial("reads") is not None
+    assert (ours["parameters"] > theirs["parameters"]) == reads
+    assert (ours.get("converted_bytes", 0) > theirs.get("converted_bytes", 0)) == reads
+
+
 def test_every_listed_arm_is_a_policy() -> None:
     for experiment in EXPERIMENTS:
         for name in experiment.tasks:
@@ -204,8 +293,14 @@ def test_the_page_shows_every_arm_that_was_run(tmp_path: Path, monkeypatch: pyte
     ]
 
 
+def test_the_committed_page_is_what_the_study_writes() -> None:
+    """`python -m benchmarks.quality.report` after a change of results, arms or findings."""
+    findings = Path(report.__file__).with_name("findings.md").read_text(encoding="utf-8")
+    assert report.DOCUMENT.read_text(encoding="utf-8") == report.document(study.Results(COMMITTED), findings)
+
+
 def test_results_that_are_committed_can_be_read() -> None:
-    for path in Path(report.__file__).parent.glob("results/*.jsonl"):
+    for path in COMMITTED.glob("*.jsonl"):
         for line in path.read_text(encoding="utf-8").splitlines():
             kept = json.loads(line)
             assert kept["task"] in tasks.TASKS

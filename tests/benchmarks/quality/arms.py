@@ -13,7 +13,8 @@ Setting = str | int | float
 class Arm:
     """`settings` are laid over the study's own (`BASE`), in a policy's words; a static arm trains the source.
 
-    `study.grouping` is one of `routings.GROUPINGS`, in place of the product's first routing.
+    Settings under `study.` are ideas that the product does not have (`trials.py`): `grouping`, one of
+    `routings.GROUPINGS`; `reads`, one of `trials.READERS`; `noise`, a share; `expert_rate`, a factor; `average`.
     """
 
     name: str
@@ -24,6 +25,10 @@ class Arm:
         """Another arm that differs from this one; `train__lr` stands for `train.lr`."""
         changed = {key.replace("__", "."): value for key, value in settings.items()}
         return Arm(name, self.kind, {**self.settings, **changed})
+
+    def trial(self, name: str) -> Setting | None:
+        """What it asks of an idea of the study's own."""
+        return self.settings.get(f"study.{name}")
 
     def overrides(self, base: Mapping[str, Setting], ratio: float) -> dict[str, Setting]:
         whole = {**base, **self.settings}
@@ -76,6 +81,16 @@ FIRST_IDEAS = (
     PAD.but("PAD, less sure, not trained", train__top_probability=0.5, train__router_lr_scale=0.0),
     PAD.but("PAD, less sure, routers' rate × 1", train__top_probability=0.5, train__router_lr_scale=1.0),
     RANDOM.but("PAD, less sure, random partition", train__top_probability=0.5),
+)
+THIRD_IDEAS = (
+    PAD.but("PAD, routers read deviations too", study__reads="deviations"),
+    PAD.but("PAD, routers read the layer before too", study__reads="the layer before"),
+    PAD.but("PAD, noisy experts", study__noise=0.1),
+    PAD.but("PAD, experts' rate × 2", study__expert_rate=2.0),
+    PAD.but("PAD, experts' rate × 0.5", study__expert_rate=0.5),
+    STATIC.but("static, averaged", study__average=1),
+    DYNAMIC.but("dynamic, averaged", study__average=1),
+    PAD.but("PAD, averaged", study__average=1),
 )
 SECOND_IDEAS = (
     LESS_SURE,

@@ -15,6 +15,7 @@ from benchmarks.quality.arms import (
     RANDOM_GROUPED,
     SECOND_IDEAS,
     STATIC,
+    THIRD_IDEAS,
     Arm,
 )
 
@@ -73,6 +74,15 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "One seed, from finished sources: one grouping of the samples for all layers, in place of each layer's own.",
         ("two domains (16 px, finished, long)", "CIFAR-10 (16 px, finished, long)"),
         (STATIC, DYNAMIC, PAD, DYNAMIC_GROUPED, PAD_GROUPED, RANDOM_GROUPED),
+        seeds=(0,),
+        rate=0.01,
+    ),
+    Experiment(
+        "Ideas, a third look",
+        "One seed and one rate, from finished sources: what routers read, how experts begin and how fast they learn, "
+        "and an average of the weights. What they came to is in [the log](decisions/recipe.md).",
+        ("two domains (16 px, finished)", "sensors (16 px, finished)", "CIFAR-10 (16 px, finished)"),
+        (STATIC, DYNAMIC, PAD, *THIRD_IDEAS),
         seeds=(0,),
         rate=0.01,
     ),

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 import padconvert
+from benchmarks.quality import trials
 from benchmarks.quality.arms import BASE, Arm, in_policys_words
 from benchmarks.quality.experiments import EXPERIMENTS, Experiment
 from benchmarks.quality.routings import set_aligned_
@@ -35,10 +36,12 @@ from padconvert.finetune.data.examples import Subset
 from padconvert.finetune.data.preparation import Prepared
 from padconvert.finetune.data.sources import Data
 from padconvert.finetune.evaluate import evaluate
+from padconvert.finetune.loop import finetune_, start
 from padconvert.finetune.train import Trainer
 from padconvert.finetune.usage import router_use
 from padconvert.partition import Partitioner
 from padconvert.plan import Plan
+from padconvert.plan.cost import ROUTER_BYTES
 from padconvert.policy import load_policy
 from padconvert.progress import Silent
 from padconvert.rewrite import pad_layers
@@ -175,7 +178,7 @@ def run_one(run: Run, device: torch.device) -> Result:
     model = copy.deepcopy(source)
     plan, partitioner = (None, None) if run.arm.kind == "static" else _dynamic_(model, run, trainer)
     start = time.process_time()
-    trainer.fit_(model, partitioner, "")
+    _fit_(model, partitioner, trainer, run.arm)
     took = (time.process_time() - start) / task.steps
     model = padconvert.fold(model)
     _, held_out, test = task.examples()
@@ -198,11 +201,27 @@ def _source_test(task: Task, seed: int, device: torch.device) -> dict[str, float
     return evaluate(source_of(task, seed, device), task.examples()[2], task.evaluated, device=device)
 
 
+def _fit_(model: nn.Module, partitioner: Partitioner | None, trainer: Trainer, arm: Arm) -> None:
+    """As `Trainer.fit_`, with the arm's trials."""
+    training = start(model, partitioner, trainer.setting)
+    hurry, average = arm.trial("expert_rate"), arm.trial("average")
+    if hurry is not None:
+        trials.hurry_experts_(training, float(hurry))
+    keeper = trials.Averaged() if average is not None else None
+    finetune_(training, trainer.setting, Silent(), keeper)
+    if keeper is not None:
+        keeper.finish_(model)
+
+
 def _dynamic_(model: nn.Module, run: Run, trainer: Trainer) -> tuple[Plan, Partitioner | None]:
     sample = trainer.data.train.batch(torch.arange(2)).to(trainer.setting.device, torch.float32).inputs
     plan = padconvert.plan(model, trainer.policy, inputs=sample, seed=run.seed)
     padconvert.rewrite_(model, plan)
-    grouping = run.arm.settings.get("study.grouping")
+    reads, grouping, noise = (run.arm.trial(name) for name in ("reads", "grouping", "noise"))
+    if reads is not None:
+        trials.READERS[str(reads)](model)
+    if noise is not None:
+        trials.add_noise_(model, float(noise), run.seed)
     if grouping is None:
         trainer.set_routers_(model, pad_layers(model))
     else:
@@ -225,10 +244,12 @@ def _sizes(plan: Plan | None, model: nn.Module) -> Result:
     if plan is None:
         return {"parameters": parameters}
     totals = planned_totals(plan, 0)
-    converted = plan.cost
+    # an idea's routers may be larger than the plan's
+    routers = [layer.router for layer in pad_layers(model).values() if layer.router is not None]
+    router_bytes = ROUTER_BYTES * sum(p.numel() for router in routers for p in router.parameters())
     return {
         "parameters": parameters,
-        "converted_bytes": converted.bytes_values + converted.bytes_masks + converted.bytes_router,
+        "converted_bytes": plan.cost.bytes_values + plan.cost.bytes_masks + router_bytes,
         "macs": totals.macs_source,
         "macs_more": _more_macs(plan, model),
     }
