@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import fields, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -134,7 +135,9 @@ def _with_kinds(path: Path, options: ConvertOptions) -> Inspection:
     kinds = kinds_of_inputs(opened, plan, data, options.seed)
     layers = tuple(replace(layer, separation=kinds.get(layer.name)) for layer in layer_results(plan, None))
     notes = (*opened.notes, *walked.notes, *plan.notes, said_of_kinds(kinds))
-    return Inspection(str(path), opened.kind, opened.bytes, _predicted(plan, opened.bytes), layers, notes)
+    mean = fmean(kinds.values()) if kinds else None
+    predicted = _predicted(plan, opened.bytes)
+    return Inspection(str(path), opened.kind, opened.bytes, predicted, layers, notes, separation=mean)
 
 
 # ---- an artefact

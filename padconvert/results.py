@@ -240,6 +240,7 @@ class Inspection:
     notes: tuple[str, ...] = ()
     trained: bool | None = None
     provenance: dict[str, object] | None = None
+    separation: float | None = None  # the layers' mean, of `inspect --data`
     schema: str = field(default="padconvert.inspect/1")
 
 

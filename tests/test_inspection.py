@@ -78,6 +78,7 @@ def test_data_tell_of_how_many_kinds_the_inputs_are(
     assert set(found) == {"0", "1", "2", "4"}
     assert [name for name, value in found.items() if value is not None] == ["1"]
     assert (found["1"] > 0.5) is several
+    assert said["separation"] == found["1"]
     words = "of several kinds" if several else "of one kind"
     assert any(words in note for note in said["notes"])
     assert main(["inspect", str(source), "--data", "train.npz"]) == 0
@@ -92,6 +93,7 @@ def test_few_examples_are_not_judged(source: Path, capsys: pytest.CaptureFixture
     np.savez("few.npz", x=random.rand(36, 1, 8, 8).astype(np.float32), y=random.randint(0, 2, 36))
     assert main(["inspect", str(source), "--data", "few.npz", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
+    assert said["separation"] is None
     assert all(layer["separation"] is None for layer in said["layers"])
     assert any("too few examples" in note for note in said["notes"])
 

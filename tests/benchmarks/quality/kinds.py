@@ -41,7 +41,9 @@ def of_task(task: Task) -> list[float]:
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", action="append", default=[], choices=list(TASKS))
+    parser.add_argument(
+        "--task", action="append", default=[], choices=list(TASKS), metavar="NAME", help="; ".join(TASKS)
+    )
     known: dict[str, list[float]] = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
     for name in parser.parse_args(words).task or list(known):
         known[name] = of_task(TASKS[name])

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.quality import aims
-from benchmarks.quality.arms import STATIC, Arm
+from benchmarks.quality.arms import DYNAMIC, PAD, RANDOM, STATIC, Arm
 from benchmarks.quality.experiments import EXPERIMENTS, Experiment
 from benchmarks.quality.intervals import Interval, by_seed, difference, on_test, runs_of
 from benchmarks.quality.kinds import FILE as KINDS
@@ -18,6 +18,7 @@ from benchmarks.quality.study import RESULTS, Result, Results
 from benchmarks.quality.tasks import TASKS, Task
 
 AIMS_GO_HERE = "<!-- the table of aims -->"
+KINDS_GO_HERE = "<!-- the table of kinds -->"
 CHARTED = ("Finished sources, long", "Texts")
 FEWEST_LINES = 5  # of a section with no runs in it: only its head
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "results.md"
@@ -51,10 +52,27 @@ def table(results: Results, experiment: Experiment, task: Task) -> Iterator[str]
 
 
 def _kinds(task: Task) -> str:
+    found = _separation(task)
+    return "" if found is None else f" Its layers' inputs fall apart by {found:.2f} in the mean."
+
+
+def _separation(task: Task) -> float | None:
     """How far the inputs of its layers fall into kinds, where that was taken."""
     known = json.loads(KINDS.read_text(encoding="utf-8")) if KINDS.exists() else {}
     found = known.get(task.name) or known.get(task.family)
-    return f" Its layers' inputs fall apart by {max(fmean(found), 0):.2f} in the mean." if found else ""
+    return max(fmean(found), 0.0) if found else None
+
+
+def kinds_table(results: Results, experiment: Experiment) -> Iterator[str]:
+    """What its tasks gained, those first whose inputs fall apart furthest."""
+    pairs = ((PAD, STATIC), (DYNAMIC, STATIC), (PAD, RANDOM))
+    yield "| task | inputs fall apart by | PAD over static | fully dynamic over static | PAD over a random partition |"
+    yield "|---|--:|--:|--:|--:|"
+    found = [(apart, TASKS[name]) for name in experiment.tasks if (apart := _separation(TASKS[name])) is not None]
+    for apart, task in sorted(found, key=lambda each: -each[0]):
+        gains = [list(by_seed(results, task, *pair, experiment.seeds).values()) for pair in pairs]
+        said = [Interval.of(each).said(sign=True) if each else "" for each in gains]
+        yield f"| {task.name.partition(' (')[0]} | {apart:.2f} | {' | '.join(said)} |"
 
 
 def _line(task: Task, arm: Arm, runs: dict[int, Result], static: dict[int, Result], dynamic: dict[int, Result]) -> str:
@@ -102,7 +120,8 @@ the static network's, rounds of the partition included. Tables are written by th
 
 def document(results: Results, findings: str = "") -> str:
     """The whole page; `findings` is what a person says of it, kept in `findings.md` beside the list."""
-    parts = [_HEAD, findings.replace(AIMS_GO_HERE, "\n".join(aims.table(results)))]
+    findings = findings.replace(AIMS_GO_HERE, "\n".join(aims.table(results)))
+    parts = [_HEAD, findings.replace(KINDS_GO_HERE, "\n".join(kinds_table(results, EXPERIMENTS[0])))]
     for experiment in EXPERIMENTS:
         sections = [list(table(results, experiment, TASKS[name])) for name in experiment.tasks]
         sections = [lines for lines in sections if len(lines) > FEWEST_LINES]

@@ -274,8 +274,13 @@ def _more_macs(plan: Plan, model: nn.Module) -> int:
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", action="append", default=[], choices=list(TASKS))
-    parser.add_argument("--experiment", action="append", default=[], choices=[each.title for each in EXPERIMENTS])
+    parser.add_argument(
+        "--task", action="append", default=[], choices=list(TASKS), metavar="NAME", help="; ".join(TASKS)
+    )
+    titles = [each.title for each in EXPERIMENTS]
+    parser.add_argument(
+        "--experiment", action="append", default=[], choices=titles, metavar="TITLE", help="; ".join(titles)
+    )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
