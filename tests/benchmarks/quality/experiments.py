@@ -70,6 +70,15 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         MAIN,
     ),
     Experiment(
+        "Rates, long",
+        "One seed at 0.03: whether the long fine-tunes of the tasks for which no grid of rates was run were held back by "
+        "theirs, 0.01.",
+        tuple(f"{name} (16 px, finished, long)" for name in ("sensors", "Fashion-MNIST")),
+        (STATIC, PAD),
+        seeds=(0,),
+        rate=0.03,
+    ),
+    Experiment(
         "Ideas, long",
         "One seed, from finished sources: one grouping of the samples for all layers, in place of each layer's own.",
         ("two domains (16 px, finished, long)", "CIFAR-10 (16 px, finished, long)"),
