@@ -71,8 +71,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     ),
     Experiment(
         "Rates, long",
-        "One seed at 0.03: whether the long fine-tunes of the tasks for which no grid of rates was run were held back by "
-        "theirs, 0.01.",
+        "One seed at 0.03: whether the long fine-tunes of the tasks without a grid of rates were held back by 0.01.",
         tuple(f"{name} (16 px, finished, long)" for name in ("sensors", "Fashion-MNIST")),
         (STATIC, PAD),
         seeds=(0,),
