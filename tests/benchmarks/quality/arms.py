@@ -92,6 +92,17 @@ THIRD_IDEAS = (
     DYNAMIC.but("dynamic, averaged", study__average=1),
     PAD.but("PAD, averaged", study__average=1),
 )
+#: for mixtures of experts
+TEXT_IDEAS = (
+    PAD.but("PAD, experts' rate × 2", study__expert_rate=2.0),
+    PAD.but("PAD, K = 4", ffn__num_experts=4),
+    PAD.but("PAD, neuron", ffn__granularity="neuron"),
+    PAD.but("PAD, not balanced", train__balance_weight=0.0, train__z_weight=0.0),
+    PAD.but("PAD, each linear layer by itself", ffn__level="linear"),
+    PAD.but("PAD, less sure", train__top_probability=0.5),
+    PAD.but("PAD, routers' rate × 1", train__router_lr_scale=1.0),
+    PAD.but("PAD, a soft mixture by sequence", ffn__routing="sequence", ffn__top_k=0),
+)
 SECOND_IDEAS = (
     LESS_SURE,
     PAD.but("PAD, nearly uniform", train__top_probability=0.35),

@@ -15,6 +15,7 @@ from benchmarks.quality.arms import (
     RANDOM_GROUPED,
     SECOND_IDEAS,
     STATIC,
+    TEXT_IDEAS,
     THIRD_IDEAS,
     Arm,
 )
@@ -89,7 +90,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "Ideas, a third look",
         "One seed and one rate, from finished sources: what routers read, how experts begin and how fast they learn, "
         "and an average of the weights. What they came to is in [the log](decisions/recipe.md).",
-        ("two domains (16 px, finished)", "sensors (16 px, finished)", "CIFAR-10 (16 px, finished)"),
+        ("two domains (16 px, finished)", "sensors (16 px, finished)"),
         (STATIC, DYNAMIC, PAD, *THIRD_IDEAS),
         seeds=(0,),
         rate=0.01,
@@ -117,5 +118,21 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "two cores can do.",
         (*TEXTS, "SST-2 + CoLA + MRPC + Subj (120 steps)"),
         (STATIC, DYNAMIC, PAD, RANDOM),
+    ),
+    Experiment(
+        "Texts at a higher rate",
+        "One seed at 0.0003.",
+        ("SST-2 (120 steps)",),
+        (STATIC, DYNAMIC, PAD),
+        seeds=(0,),
+        rate=3e-4,
+    ),
+    Experiment(
+        "Ideas, texts",
+        "One seed.",
+        ("SST-2 (120 steps)",),
+        (STATIC, DYNAMIC, PAD, RANDOM, *TEXT_IDEAS),
+        seeds=(0,),
+        rate=1e-4,
     ),
 )
