@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -276,6 +277,12 @@ def test_an_aim_is_reached_by_its_points_and_an_interval_without_zero(
         "| no loss | tiny | ≥ +0 | -0.30 ± 8.04 | **missed** |",
         "| in the mean | mean of 1 of 2 tasks | ≥ +1 | +2.03 ± 0.14 | reached so far |",
     ]
+    begun = filled(tmp_path / "begun", scores)
+    for arm, rate in itertools.product((STATIC, PAD), TINY.rates):  # one seed of the other task: not in the mean yet
+        begun.add(study.Run(tasks.TASKS["other"], arm, 0, rate), result(rate, 0.9 if arm is PAD else 0.1))
+    found = list(aims.table(begun))
+    assert found[3] == "| small gain | other | ≥ +1 | +80.00 (seeds: 1) | **missed** so far |"
+    assert found[-1] == "| in the mean | mean of 1 of 2 tasks | ≥ +1 | +2.03 ± 0.14 | reached so far |"
     few = {key: value for key, value in scores.items() if key[1] == 0}
     assert list(aims.table(filled(tmp_path / "few", few)))[2].endswith("| +2.00 (seeds: 1) | **missed** so far |")
 

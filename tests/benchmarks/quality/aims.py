@@ -53,13 +53,15 @@ AIMS: tuple[Aim, ...] = (
 
 
 def table(results: Results) -> Iterator[str]:
-    """One line an aim and task; of a mean, one line for the tasks that have runs of both arms."""
+    """One line an aim and task; of a mean, one line for the tasks that have all seeds of both arms, or for those that
+    have some where none has all."""
     yield "| aim | task | wanted | found | |"
     yield "|---|---|--:|--:|---|"
     for aim in AIMS:
         each = {name: by_seed(results, TASKS[name], aim.ours, aim.theirs, SEEDS) for name in aim.tasks}
         found = {name: values for name, values in each.items() if values}
         if aim.mean:
+            found = {name: values for name, values in found.items() if len(values) == len(SEEDS)} or found
             seeds = set.intersection(*(set(values) for values in found.values())) if found else set()
             means = [fmean(values[seed] for values in found.values()) for seed in sorted(seeds)]
             yield _line(aim, f"mean of {len(found)} of {len(aim.tasks)} tasks", means, len(found))
