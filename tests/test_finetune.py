@@ -14,7 +14,7 @@ from padconvert.finetune.data.examples import TensorExamples
 from padconvert.finetune.data.preparation import Preparation, Prepared
 from padconvert.finetune.data.sources import Data
 from padconvert.finetune.loop import Run, Setting, finetune_, start
-from padconvert.finetune.optimizer import follow_, make_optimizer
+from padconvert.finetune.optimizer import follow_, make_optimizer, set_lr_
 from padconvert.finetune.phases import Phases
 from padconvert.finetune.train import Trainer, check_rounds
 from padconvert.layers.pad import PadLayer
@@ -195,11 +195,36 @@ def test_the_optimizers_state_follows_a_partition(optimizer: str, granularity: s
             assert not bool(moved[~torch.tensor(known)].any())
         held = {id(p) for group in made.param_groups for p in group["params"]}
         assert held == {id(p) for p in model.parameters()}
+        experts = {id(p) for name, p in model.named_parameters() if "_dynamic" in name}
+        assert {id(p) for p in made.param_groups[1]["params"]} == experts
     static = layer.weight_static
     assert static is not None
     value = static.detach().clone()
     step()
     assert not torch.equal(value, static)
+
+
+def test_experts_have_a_rate_of_their_own() -> None:
+    """Newly static entries have it no more."""
+    torch.manual_seed(0)
+    model = Net()
+    plan = planned(model, **{"train.optimizer": "sgd", "train.momentum": 0.0, "train.expert_lr_scale": 3.0})
+    rewrite_(model, plan)
+    layer = pad_layers(model)["a"]
+    made = make_optimizer(model, plan.policy.train)
+    follow_(made, layer.partition_("weight", torch.arange(layer.view("weight").units) % 2 == 0, torch.ones(4) / 4))
+    set_lr_(made, 0.125)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    for group in made.param_groups:
+        group["weight_decay"] = 0.0
+    made.step()
+    for name, parameter in model.named_parameters():
+        factor = 3.0 if "_dynamic" in name else 0.1 if "router" in name else 1.0
+        torch.testing.assert_close(
+            before[name] - parameter, torch.full_like(parameter, factor * 0.0625), atol=1e-6, rtol=0
+        )
 
 
 def test_a_kept_run_goes_on_where_it_was() -> None:

@@ -24,24 +24,35 @@ class OptimizerPolicy(Protocol):
     @property
     def weight_decay(self) -> float: ...
     @property
+    def expert_lr_scale(self) -> float: ...
+    @property
     def router_lr_scale(self) -> float: ...
     @property
     def what(self) -> str: ...
 
 
 def make_optimizer(model: nn.Module, train: OptimizerPolicy) -> torch.optim.Optimizer:
-    """SGD with momentum, or AdamW. Groups: weights, then routers (lr × router_lr_scale) and scales without decay.
+    """SGD with momentum, or AdamW. Groups: weights, dynamic ones (lr × expert_lr_scale), then routers
+    (lr × router_lr_scale) and scales without decay.
 
     A parameter that the source had frozen stays frozen; `what: converted` trains the converted layers alone.
     """
     layers = list(pad_layers(model).values())
     routers = _unique([p for layer in layers if layer.router is not None for p in layer.router.parameters()])
     scales = [layer.scale_logit for layer in layers if layer.scale_logit is not None]
+    dynamic = {
+        id(p) for layer in layers for part in layer.parts if (p := getattr(layer, f"{part}_dynamic")) is not None
+    }
     apart = {id(p) for p in [*routers, *scales]}
     pool: Sequence[nn.Module] = layers if train.what == "converted" else [model]
     weights = _unique([p for module in pool for p in module.parameters() if p.requires_grad and id(p) not in apart])
     groups: list[dict[str, Any]] = [
-        {"params": weights, "factor": 1.0, "weight_decay": train.weight_decay},
+        {"params": [p for p in weights if id(p) not in dynamic], "factor": 1.0, "weight_decay": train.weight_decay},
+        {
+            "params": [p for p in weights if id(p) in dynamic],
+            "factor": train.expert_lr_scale,
+            "weight_decay": train.weight_decay,
+        },
         {"params": routers, "factor": train.router_lr_scale, "weight_decay": 0.0},
         {"params": scales, "factor": 1.0, "weight_decay": 0.0},
     ]
@@ -64,20 +75,31 @@ def set_lr_(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def follow_(optimizer: torch.optim.Optimizer, moved: Sequence[Moved]) -> None:
     """Follow repacked parameters: surviving entries keep their momentum, newly static ones start without."""
-    weights = optimizer.param_groups[0]["params"]
-    trained = {id(p) for p in weights}
+    weights, experts = (group["params"] for group in optimizer.param_groups[:2])
+    trained = {id(p) for p in (*weights, *experts)}
     for move in moved:
-        place = next((i for i, p in enumerate(weights) if p is move.old), None)
+        group, place = _held(move.old, (weights, experts))
         if place is not None and move.new is not None:
-            weights[place] = move.new
+            group[place] = move.new
         elif place is not None:
-            del weights[place]
+            del group[place]
         elif move.new is not None and move.new.requires_grad and (move.old is None or id(move.old) in trained):
-            weights.append(move.new)
+            weights.append(move.new)  # entries that are the first of their layer to turn static
         state = optimizer.state.pop(move.old, None) if move.old is not None else None
         if state is not None and move.new is not None:
             assert move.old is not None
             optimizer.state[move.new] = {key: _moved(value, move.old, move.new, move) for key, value in state.items()}
+
+
+def _held(
+    parameter: nn.Parameter | None, groups: Sequence[list[nn.Parameter]]
+) -> tuple[list[nn.Parameter], int | None]:
+    """The group that holds a parameter, and its place there; None where none does."""
+    for group in groups:
+        for place, each in enumerate(group):
+            if each is parameter:
+                return group, place
+    return groups[0], None
 
 
 def _moved(value: Any, old: nn.Parameter, new: nn.Parameter, move: Moved) -> Any:

@@ -56,6 +56,12 @@ PAD = Arm("PAD", "pad")
 RANDOM = PAD.but("PAD, random partition", partition__score="random")
 CHANNEL = PAD.but("PAD, channel", defaults__granularity="channel")
 
+#: dynamic entries learn faster than static ones
+PAD_FASTER, PAD_FAST = (PAD.but(f"PAD, experts' lr × {x}", train__expert_lr_scale=float(x)) for x in (2, 4))
+DYNAMIC_FASTER, DYNAMIC_FAST = (
+    DYNAMIC.but(f"fully dynamic, experts' lr × {x}", train__expert_lr_scale=float(x)) for x in (2, 4)
+)
+
 #: one grouping of the samples for all layers
 GROUPED = {"study__grouping": "last layer"}
 DYNAMIC_GROUPED = DYNAMIC.but("fully dynamic, grouped", **GROUPED)

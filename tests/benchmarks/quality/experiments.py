@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from benchmarks.quality.arms import (
     CHANNEL,
     DYNAMIC,
+    DYNAMIC_FAST,
+    DYNAMIC_FASTER,
     DYNAMIC_GROUPED,
     FIRST_IDEAS,
     PAD,
+    PAD_FAST,
+    PAD_FASTER,
     PAD_GROUPED,
     RANDOM,
     RANDOM_GROUPED,
@@ -51,6 +55,12 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "data in the shorter runs below, with two domains and with CIFAR-10.",
         tuple(f"{name}, finished, long)" for name in SMALL),
         MAIN,
+    ),
+    Experiment(
+        "Finished sources, long, experts faster",
+        "The same sources, steps and rate; dynamic entries learn at a multiple of it (`train.expert_lr_scale`).",
+        tuple(f"{name}, finished, long)" for name in SMALL),
+        (STATIC, DYNAMIC, DYNAMIC_FASTER, DYNAMIC_FAST, PAD, PAD_FASTER, PAD_FAST),
     ),
     Experiment(
         "Finished sources",
