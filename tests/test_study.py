@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import padconvert
@@ -59,7 +60,7 @@ def _places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def result(held_out: float, test: float, **more: object) -> study.Result:
     tested = {"accuracy": test, "loss": 1.5}
-    scores = {"held_out": {"accuracy": held_out}, "test": tested, "source_test": {"accuracy": 0.5}}
+    scores = {"held_out": {"accuracy": held_out}, "test": tested, "source_test": {"accuracy": 0.5, "loss": 1.0}}
     return {**scores, "parameters": 10, "step_cpu_seconds": 1.0, **more}
 
 
@@ -250,6 +251,32 @@ def test_differences_are_taken_pair_by_pair(tmp_path: Path) -> None:
     assert found.half == pytest.approx(4.3027 / 3**0.5, abs=1e-3)
     assert not found.excludes_zero
     assert intervals.difference({}, of[STATIC]) is None
+    of[PAD][1]["source_test"] = {"accuracy": 0.5, "loss": 1.001}  # from another source: no pair
+    found = intervals.difference(of[PAD], of[STATIC])
+    assert found is not None
+    assert found.mean == pytest.approx(1.5)
+
+
+def test_arms_from_two_sources_are_refused(tmp_path: Path) -> None:
+    run = study.Run(TINY, PAD, 0, 0.01)
+    results = study.Results(tmp_path)
+    study.check_source(run, results, CPU)
+    results.add(study.Run(TINY, STATIC, 0, 0.01), {"source_test": study._source_test(TINY, 0, CPU)})
+    results.add(study.Run(TINY, STATIC, 1, 0.01), result(0.5, 0.5))  # another seed
+    study.check_source(run, results, CPU)
+    results.add(study.Run(TINY, DYNAMIC, 0, 0.01), result(0.5, 0.5))
+    with pytest.raises(SystemExit, match="tiny, seed 0: this machine has trained another source"):
+        study.check_source(run, results, CPU)
+
+
+def test_a_source_that_is_kept_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "KEPT", tmp_path)
+    trained = study.source_of(TINY, 0, CPU)
+    file = next(study.SOURCES.glob("*.pt"))
+    kept = {name: tensor + 1 for name, tensor in trained.state_dict().items()}
+    save_file(kept, tmp_path / f"{file.name.removesuffix('-cpu.pt')}.safetensors")
+    for name, tensor in study.source_of(TINY, 0, CPU).state_dict().items():
+        assert torch.equal(tensor, kept[name]), name
 
 
 def test_an_aim_is_reached_by_its_points_and_an_interval_without_zero(

@@ -1,7 +1,7 @@
 """Intervals and paired differences over seeds.
 
 A mean is over seeds; ± is half a 95 % interval of Student's t. A difference is taken pair by pair: same seed, so the
-same source, batches and augmentation. Nothing here is chosen: rates were, on held-out training data.
+same batches and augmentation, and the same source. Nothing here is chosen: rates were, on held-out training data.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from scipy.stats import t as student
 
 from benchmarks.quality.arms import Arm
-from benchmarks.quality.study import Result, Results, Run, chosen_rate
+from benchmarks.quality.study import Result, Results, Run, chosen_rate, same_source
 from benchmarks.quality.tasks import Task
 
 
@@ -68,4 +68,5 @@ def difference(ours: dict[int, Result], theirs: dict[int, Result], metric: str =
 
 
 def _differences(ours: dict[int, Result], theirs: dict[int, Result], metric: str) -> dict[int, float]:
-    return {seed: ours[seed]["test"][metric] - theirs[seed]["test"][metric] for seed in ours if seed in theirs}
+    paired = [seed for seed in ours if seed in theirs and same_source(ours[seed], theirs[seed])]
+    return {seed: ours[seed]["test"][metric] - theirs[seed]["test"][metric] for seed in paired}

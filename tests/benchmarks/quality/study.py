@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import padconvert
@@ -49,6 +50,9 @@ from padconvert.rewrite import pad_layers
 RESULTS = Path(__file__).resolve().parent / "results"
 #: trained sources; made again where they are missing
 SOURCES = Path(__file__).resolve().parents[3] / ".study"
+#: those that results were taken from, as far as they are small: another machine or version of the code trains another
+#: network from the same seed, and arms can only be paired that start from the same one
+KEPT = RESULTS.with_name("sources")
 
 #: training examples that are scored after the training, in batches of the test
 TRAINED_BATCHES = 4
@@ -137,8 +141,11 @@ def source_of(task: Task, seed: int, device: torch.device) -> nn.Module:
     terms = hashlib.sha256(json.dumps([*task.source, seed]).encode()).hexdigest()[:16]
     if not task.pretrain:
         return _ready_made(task, seed, SOURCES / f"{terms}-whole.pt").to(device).eval()
-    path = SOURCES / f"{terms}-{device.type}.pt"
+    path, kept = SOURCES / f"{terms}-{device.type}.pt", KEPT / f"{terms}.safetensors"
     network = task.network(seed).to(device)
+    if kept.exists():
+        network.load_state_dict(load_file(kept))
+        return network.eval()
     if not path.exists():
         terms_of_training = {"steps": task.pretrain, "batch_size": task.batch, "lr": task.pretrain_rate}
         settings = BASE | {f"train.{key}": value for key, value in terms_of_training.items()}
@@ -155,6 +162,23 @@ def _ready_made(task: Task, seed: int, path: Path) -> nn.Module:
         _keep(task.network(seed), path)
     found: nn.Module = torch.load(path, weights_only=False)  # the study's own file
     return found
+
+
+def same_source(one: Result, other: Result) -> bool:
+    """Whether two results come from the same network. A test loss differs by 1e-6 between machines."""
+    return abs(float(one["source_test"]["loss"]) - float(other["source_test"]["loss"])) < 1e-4
+
+
+def check_source(run: Run, results: Results, device: torch.device) -> None:
+    """Raises SystemExit where results of the same task and seed come from another source."""
+    ours = {"source_test": _source_test(run.task, run.seed, device)}
+    key = {"task": run.task.name, "terms": run.task.said, "seed": run.seed}
+    theirs = [line for line in results.lines if all(line[name] == value for name, value in key.items())]
+    if not all(same_source(ours, line) for line in theirs):
+        raise SystemExit(
+            f"{run.task.name}, seed {run.seed}: this machine has trained another source than the one its results come "
+            "from, and arms from two sources are no pairs. Take seeds that have no results, or remove those of this one"
+        )
 
 
 def _keep(what: object, path: Path) -> None:
@@ -294,6 +318,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if time.monotonic() - begun > 60 * given.minutes:
             print("out of time; the same command goes on", file=sys.stderr)
             return 0
+        check_source(run, results, torch.device(given.device))
         result = run_one(run, torch.device(given.device))
         results.add(run, result)
         scores = f"{result['held_out'][run.task.metric]:.4f} held out, {result['test'][run.task.metric]:.4f} test"
