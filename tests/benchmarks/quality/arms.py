@@ -103,7 +103,7 @@ THIRD_IDEAS = (
 )
 #: for mixtures of experts
 TEXT_IDEAS = (
-    PAD.but("PAD, experts' rate × 2", study__expert_rate=2.0),
+    PAD_FAST,
     PAD.but("PAD, K = 4", ffn__num_experts=4),
     PAD.but("PAD, neuron", ffn__granularity="neuron"),
     PAD.but("PAD, not balanced", train__balance_weight=0.0, train__z_weight=0.0),

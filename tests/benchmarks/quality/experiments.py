@@ -100,7 +100,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "Ideas, a third look",
         "One seed and one rate, from finished sources: what routers read, how experts begin and how fast they learn, "
         "and an average of the weights. What they came to is in [the log](decisions/recipe.md).",
-        ("two domains (16 px, finished)", "sensors (16 px, finished)"),
+        ("sensors (16 px, finished)",),
         (STATIC, DYNAMIC, PAD, *THIRD_IDEAS),
         seeds=(0,),
         rate=0.01,
