@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from benchmarks.quality.arms import CHANNEL, DYNAMIC, PAD, RANDOM, STATIC, Arm
+from benchmarks.quality.arms import CHANNEL, DYNAMIC, DYNAMIC_FAST, PAD, PAD_FAST, RANDOM, STATIC, Arm
 from benchmarks.quality.experiments import SEEDS, TEXTS
 from benchmarks.quality.intervals import Interval, by_seed
 from benchmarks.quality.study import Results
@@ -39,16 +39,19 @@ class Aim:
 SEVERAL = tuple(f"{name} (16 px, finished, long)" for name in ("two domains", "sensors"))
 ONE = tuple(f"{name} (16 px, finished, long)" for name in ("CIFAR-10", "Fashion-MNIST"))
 
+#: one setting of all arms with experts; a title names what is not the default
+RATES = ((PAD_FAST, DYNAMIC_FAST, ""), (PAD, DYNAMIC, ", experts' lr × 1"))
+
 AIMS: tuple[Aim, ...] = (
-    Aim("several domains, PAD over static", SEVERAL, PAD, STATIC, 2.0),
-    Aim("several domains, PAD over fully dynamic", SEVERAL, PAD, DYNAMIC, 0.0),
-    Aim("several domains, PAD over a random partition", SEVERAL, PAD, RANDOM, 0.5),
-    Aim("one domain, PAD over static", ONE, PAD, STATIC, 1.0),
-    Aim("one domain, PAD over fully dynamic", ONE, PAD, DYNAMIC, 0.7),
-    Aim("texts, PAD over static", TEXTS, PAD, STATIC, 0.0, mean=True),
-    Aim("texts, PAD over fully dynamic", TEXTS, PAD, DYNAMIC, 1.9, mean=True),
-    Aim("all, PAD over a random partition", (*SEVERAL, *ONE, *TEXTS), PAD, RANDOM, 0.3, mean=True),
-    Aim("pictures, `channel` over `element`", (*SEVERAL, *ONE), CHANNEL, PAD, -0.3),
+    *(Aim(f"several domains, PAD over static{rate}", SEVERAL, pad, STATIC, 2.0) for pad, _, rate in RATES),
+    *(Aim(f"several domains, PAD over fully dynamic{rate}", SEVERAL, pad, full, 0.0) for pad, full, rate in RATES),
+    Aim("several domains, PAD over a random partition, experts' lr × 1", SEVERAL, PAD, RANDOM, 0.5),
+    *(Aim(f"one domain, PAD over static{rate}", ONE, pad, STATIC, 1.0) for pad, _, rate in RATES),
+    *(Aim(f"one domain, PAD over fully dynamic{rate}", ONE, pad, full, 0.7) for pad, full, rate in RATES),
+    Aim("texts, PAD over static, experts' lr × 1", TEXTS, PAD, STATIC, 0.0, mean=True),
+    Aim("texts, PAD over fully dynamic, experts' lr × 1", TEXTS, PAD, DYNAMIC, 1.9, mean=True),
+    Aim("all, PAD over a random partition, experts' lr × 1", (*SEVERAL, *ONE, *TEXTS), PAD, RANDOM, 0.3, mean=True),
+    Aim("pictures, `channel` over `element`, experts' lr × 1", (*SEVERAL, *ONE), CHANNEL, PAD, -0.3),
 )
 
 

@@ -48,6 +48,7 @@ BASE: dict[str, Setting] = {
     "train.optimizer": "adamw",
     "train.distill_weight": 0.0,
     "train.objective": "task",
+    "train.expert_lr_scale": 1.0,  # the product's default came of this study
 }
 
 STATIC = Arm("static", "static")
