@@ -139,7 +139,7 @@ def test_taylor_ranks_as_the_true_loss_change_of_a_convolution(folder: Path) -> 
     plan = make_plan(walk(source), policy, route="trained", seed=0, tensors=sizes)
     model = copy.deepcopy(source)
     rewrite_(model, plan)
-    trainer = Trainer.of(policy, data, source, 0, torch.device("cpu"), Silent(), None)
+    trainer = Trainer.of(plan.policy, data, source, 0, torch.device("cpu"), Silent(), None)
     trainer.set_routers_(model, pad_layers(model))
     trainer.fit_(model, None, "output")
 
