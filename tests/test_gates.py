@@ -19,6 +19,7 @@ from padconvert.__main__ import main
 from padconvert.checkpoint.read import read_checkpoint
 from padconvert.convert import convert
 from padconvert.errors import GateError, UsageError
+from padconvert.finetune.evaluate import Judged
 from padconvert.gates import accuracy_gate, hold, layers_gate, memory_gate, parse_size, size_gate
 from padconvert.load import least_memory
 from padconvert.load.opened import Opened
@@ -235,7 +236,9 @@ def test_accuracy(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     """What counts is what was measured: the training here gains or loses as the test says."""
     data = ("--data", "data.npz", "--eval-data", "data.npz", *STEPS)
     scores = iter([])  # type: ignore[var-annotated]
-    monkeypatch.setattr("padconvert.finetune.train.evaluate", lambda *_, **__: {"accuracy": next(scores), "loss": 1.0})
+    monkeypatch.setattr(
+        "padconvert.finetune.train.judge", lambda *_, **__: Judged({"accuracy": next(scores), "loss": 1.0})
+    )
     scores = iter([0.75, 0.74])
     code, document, _ = run("--max-accuracy-drop", "0.01", *data, capsys=capsys)
     assert code == 0

@@ -26,7 +26,6 @@ from padconvert.plan import (
     plan_from_json,
     plan_to_json,
 )
-from padconvert.plan.decide import in_force
 from padconvert.policy import Resolved, load_policy, router_names
 from padconvert.walk.info import LayerInfo, Walk
 from padconvert.words import Granularity, Kind, Place, Reason, Role, Routing, Verdict
@@ -448,12 +447,3 @@ def test_explain_says_who_decided() -> None:
     assert "decided by the ranking over 3 layers" in explain_layer(plan, "layer1.conv2")
     with pytest.raises(UsageError, match=r"no layer 'layer1\.conv9'\. Did you mean 'layer1\.conv"):
         explain_layer(plan, "layer1.conv9")
-
-
-@pytest.mark.parametrize(("asked", "has_blocks", "said"), [(None, False, 4.0), (None, True, 1.0), (2.0, True, 2.0)])
-def test_experts_of_convolutions_learn_faster_unless_the_policy_says(
-    asked: float | None, has_blocks: bool, said: float
-) -> None:
-    policy = load_policy(overrides={} if asked is None else {"train.expert_lr_scale": asked}).policy
-    assert policy.train.expert_lr_scale == asked
-    assert in_force(policy, "trained", has_blocks=has_blocks)[0].train.expert_lr_scale == said

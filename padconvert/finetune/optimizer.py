@@ -24,7 +24,7 @@ class OptimizerPolicy(Protocol):
     @property
     def weight_decay(self) -> float: ...
     @property
-    def expert_lr_scale(self) -> float | None: ...  # likewise
+    def expert_lr_scale(self) -> float: ...
     @property
     def router_lr_scale(self) -> float: ...
     @property
@@ -46,7 +46,6 @@ def make_optimizer(model: nn.Module, train: OptimizerPolicy) -> torch.optim.Opti
     apart = {id(p) for p in [*routers, *scales]}
     pool: Sequence[nn.Module] = layers if train.what == "converted" else [model]
     weights = _unique([p for module in pool for p in module.parameters() if p.requires_grad and id(p) not in apart])
-    assert train.expert_lr_scale is not None, "a plan's policy says it"
     groups: list[dict[str, Any]] = [
         {"params": [p for p in weights if id(p) not in dynamic], "factor": 1.0, "weight_decay": train.weight_decay},
         {

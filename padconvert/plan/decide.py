@@ -78,8 +78,6 @@ def verdicts(
 
 #: learning rates where the policy leaves them open
 RATES = {"sgd": 0.01, "adamw": 2e-5}
-#: of dynamic entries, relative to those: convolutions gained by it, mixtures of experts lost (docs/results.md)
-EXPERTS_RATE, EXPERTS_RATE_IN_BLOCKS = 4.0, 1.0
 
 
 def in_force(policy: Policy, route: Route, *, has_blocks: bool) -> tuple[Policy, list[str]]:
@@ -91,11 +89,7 @@ def in_force(policy: Policy, route: Route, *, has_blocks: bool) -> tuple[Policy,
     if optimizer == "auto":
         optimizer = "adamw" if has_blocks else "sgd"
     rate = RATES[optimizer] if policy.train.lr is None else policy.train.lr
-    scale = policy.train.expert_lr_scale
-    if scale is None:
-        scale = EXPERTS_RATE_IN_BLOCKS if has_blocks else EXPERTS_RATE
-    said = {"optimizer": optimizer, "lr": rate, "expert_lr_scale": scale}
-    train = policy.train.model_copy(update=said)
+    train = policy.train.model_copy(update={"optimizer": optimizer, "lr": rate})
     policy = policy.model_copy(update={"train": train})
     wanted = policy.partition
     if route == "trained" or (wanted.score, wanted.scope) == ("magnitude", "layer"):

@@ -39,7 +39,7 @@ class Aim:
 SEVERAL = tuple(f"{name} (16 px, finished, long)" for name in ("two domains", "sensors"))
 ONE = tuple(f"{name} (16 px, finished, long)" for name in ("CIFAR-10", "Fashion-MNIST"))
 
-#: one setting of all arms with experts; a title names what is not the default
+#: one setting of all arms with experts: the best for convolutions, and the default
 RATES = ((PAD_FAST, DYNAMIC_FAST, ""), (PAD, DYNAMIC, ", experts' lr × 1"))
 
 AIMS: tuple[Aim, ...] = (
