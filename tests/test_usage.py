@@ -121,8 +121,7 @@ def test_a_step_adds_the_balancing_losses(monkeypatch: pytest.MonkeyPatch) -> No
     moved = {}
     for weight in (0.0, 1.0):
         overrides = {"train.balance_weight": weight, "train.z_weight": 0.0, "train.optimizer": "sgd", "train.lr": 0.1}
-        overrides |= {"train.steps": 3, "train.what": "converted", "train.expert_lr_scale": 1.0}
-        policy = load_policy(overrides=overrides).policy
+        policy = load_policy(overrides={**overrides, "train.steps": 3, "train.what": "converted"}).policy
         model = network([[9.0, 0.0], [0.0, 9.0]], top_k=1)
         before = copy.deepcopy(model)
         examples = Prepared(
