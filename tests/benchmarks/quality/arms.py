@@ -58,10 +58,13 @@ RANDOM = PAD.but("PAD, random partition", partition__score="random")
 CHANNEL = PAD.but("PAD, channel", defaults__granularity="channel")
 
 #: dynamic entries learn faster than static ones
-PAD_FASTER, PAD_FAST = (PAD.but(f"PAD, experts' lr × {x}", train__expert_lr_scale=float(x)) for x in (2, 4))
-DYNAMIC_FASTER, DYNAMIC_FAST = (
-    DYNAMIC.but(f"fully dynamic, experts' lr × {x}", train__expert_lr_scale=float(x)) for x in (2, 4)
+PAD_FASTER = PAD.but("PAD, experts' lr × 2", train__expert_lr_scale=2.0)
+DYNAMIC_FAST, PAD_FAST, RANDOM_FAST, CHANNEL_FAST = (
+    arm.but(f"{arm.name}, experts' lr × 4", train__expert_lr_scale=4.0) for arm in (DYNAMIC, PAD, RANDOM, CHANNEL)
 )
+
+#: what `train.optimizer: auto` takes for convolutions
+SGD = tuple(arm.but(f"{arm.name}, SGD", train__optimizer="sgd") for arm in (STATIC, DYNAMIC, PAD, PAD_FAST))
 
 #: one grouping of the samples for all layers
 GROUPED = {"study__grouping": "last layer"}

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from benchmarks.quality.arms import (
     CHANNEL,
+    CHANNEL_FAST,
     DYNAMIC,
     DYNAMIC_FAST,
-    DYNAMIC_FASTER,
     DYNAMIC_GROUPED,
     FIRST_IDEAS,
     PAD,
@@ -16,8 +16,10 @@ from benchmarks.quality.arms import (
     PAD_FASTER,
     PAD_GROUPED,
     RANDOM,
+    RANDOM_FAST,
     RANDOM_GROUPED,
     SECOND_IDEAS,
+    SGD,
     STATIC,
     TEXT_IDEAS,
     THIRD_IDEAS,
@@ -25,6 +27,9 @@ from benchmarks.quality.arms import (
 )
 
 SEEDS = (0, 1, 2)
+
+#: of tasks whose first sources were not kept: no new arm can be paired with them
+FRESH = (3, 4, 5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,8 @@ class Experiment:
 
 
 MAIN = (STATIC, DYNAMIC, PAD, RANDOM, CHANNEL)
+
+FASTER = (STATIC, DYNAMIC, DYNAMIC_FAST, PAD, PAD_FASTER, PAD_FAST, RANDOM_FAST, CHANNEL_FAST)
 
 SMALL = ("two domains (16 px", "sensors (16 px", "CIFAR-10 (16 px", "Fashion-MNIST (16 px")
 
@@ -59,8 +66,25 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Experiment(
         "Finished sources, long, experts faster",
         "The same sources, steps and rate; dynamic entries learn at a multiple of it (`train.expert_lr_scale`).",
-        tuple(f"{name}, finished, long)" for name in SMALL),
-        (STATIC, DYNAMIC, DYNAMIC_FASTER, DYNAMIC_FAST, PAD, PAD_FASTER, PAD_FAST),
+        ("sensors (16 px, finished, long)", "Fashion-MNIST (16 px, finished, long)"),
+        FASTER,
+    ),
+    Experiment(
+        "Finished sources, long, experts faster, other seeds",
+        "The same with sources from three other seeds.",
+        ("two domains (16 px, finished, long)", "CIFAR-10 (16 px, finished, long)"),
+        tuple(arm for arm in FASTER if arm is not PAD_FASTER),
+        seeds=FRESH,
+    ),
+    *(
+        Experiment(
+            f"SGD at {rate}",
+            f"What `train.optimizer: auto` takes for convolutions, all arms at {rate}.",
+            ("sensors (16 px, finished, long)",),
+            SGD,
+            rate=rate,
+        )
+        for rate in (0.01, 0.1)
     ),
     Experiment(
         "Finished sources",

@@ -71,7 +71,7 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {} if self.arm.kind == "static" else self.arm.overrides(BASE, self.task.ratio)
+        return dict(self.arm.settings) if self.arm.kind == "static" else self.arm.overrides(BASE, self.task.ratio)
 
     @property
     def key(self) -> dict[str, Any]:
