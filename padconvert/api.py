@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from padconvert.checkpoint.read import read_checkpoint
-from padconvert.checkpoint.save import experts_are_equal, provenance_of, save_model
+from padconvert.checkpoint.save import provenance_of, save_model
 from padconvert.checkpoint.write import WrittenFile, check_target
 from padconvert.errors import FileError, UsageError
 from padconvert.export.pt2 import write_pt2
@@ -117,7 +117,7 @@ def save(
     # before any forward: some models hang hooks on themselves then, which cannot be described
     architecture, extra = describe(twin, trust)
     probe = find_probe(twin, None) if inputs is None else probe_of_batch(inputs)
-    trained = not all(experts_are_equal(layer) for layer in pad_layers(folded).values())
+    trained = not all(layer.experts_are_equal for layer in pad_layers(folded).values())
     provenance = provenance_of(
         source_sha256=None, source_kind="module", device=str(device_of(folded)), seed=0, trained=trained
     )

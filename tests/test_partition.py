@@ -283,6 +283,19 @@ def test_equal_experts_end_the_run() -> None:
         Partitioner(model, plan).round_(1, [lambda: model(x).square().mean()])
 
 
+def test_a_network_whose_loss_depends_on_nothing_ends_the_run() -> None:
+    """As after a step that was far too large, when every unit of a layer is dead."""
+    model = Net()
+    plan = planned(model)
+    rewrite_(model, plan)
+    x = torch.randn(8, 1, 12, 12)
+    for layer in pad_layers(model).values():
+        assert layer.weight_dynamic is not None
+        torch.nn.init.normal_(layer.weight_dynamic)
+    with pytest.raises(VerificationError, match=r"the experts differ.*lower train\.lr or train\.expert_lr_scale"):
+        Partitioner(model, plan).round_(1, [lambda: model(x).square().mean() * 0])
+
+
 def test_a_random_partition_differs_with_the_seed_only() -> None:
     def final(seed: int) -> Tensor:
         torch.manual_seed(1)

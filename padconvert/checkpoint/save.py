@@ -99,21 +99,13 @@ def entries_of(model: nn.Module, *, trained: bool) -> tuple[LayerEntry, ...]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PadLayer):
             names.setdefault(module, []).append(name)
-    return tuple(_entry(layer, *all_, equal=not trained and experts_are_equal(layer)) for layer, all_ in names.items())
+    return tuple(_entry(layer, *all_, equal=not trained and layer.experts_are_equal) for layer, all_ in names.items())
 
 
 def _entry(layer: PadLayer, name: str, *aliases: str, equal: bool) -> LayerEntry:
     if layer.scale_logit is not None:
         raise UsageError(f"layer '{name}' is not folded, and only folded models are stored: padconvert.fold(model).")
     return LayerEntry(name=name, aliases=aliases, equal_experts=equal, facts=layer.facts())
-
-
-def experts_are_equal(layer: PadLayer) -> bool:
-    """Whether all experts hold the same bytes: nothing was trained since upcycling."""
-    if layer.shares_experts:
-        return True
-    stored = [getattr(layer, f"{part}_dynamic") for part in layer.parts]
-    return all(bool((dynamic == dynamic[:1]).all()) for dynamic in stored if dynamic is not None)
 
 
 def model_tensors(model: nn.Module, entries: Iterable[LayerEntry]) -> dict[str, Tensor]:

@@ -118,6 +118,12 @@ class PadLayer(nn.Module, ABC):
         return bool(dynamic) and all(d.stride(0) == 0 for d in dynamic)
 
     @property
+    def experts_are_equal(self) -> bool:
+        """Whether all experts hold the same bytes: nothing was trained since upcycling."""
+        stored = [] if self.shares_experts else [getattr(self, f"{part}_dynamic") for part in self.parts]
+        return all(bool((dynamic == dynamic[:1]).all()) for dynamic in stored if dynamic is not None)
+
+    @property
     def unit_parts(self) -> tuple[str, ...]:
         """The parts that a unit holds a slice of: the bias goes with its row, but not with a column."""
         return PARTS[:1] if self.unit_dim else self.parts

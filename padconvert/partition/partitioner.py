@@ -62,7 +62,7 @@ class Partitioner:
         """Round t of 1..rounds: score on `losses` (micro-batches in eval mode), then turn the lowest units static.
 
         Rounds come in order, each once. Raises UsageError for another `t`, or without losses where the score needs
-        them; VerificationError where a score is not finite, or all are zero (the experts are still equal).
+        them; VerificationError where a score is not finite, or all are zero.
         """
         if t != self.done + 1 or t > self.rounds:
             due = f"round {self.done + 1} of {self.rounds} is due" if self.done < self.rounds else "all rounds are done"
@@ -72,10 +72,7 @@ class Partitioner:
         generator = torch.Generator().manual_seed(self.seed * 1000 + t)
         scores, mean_routing = measure(self.model, self.layers, self.score, losses, generator)
         if self.needs is not Need.WEIGHTS and scores and not any(bool(value.any()) for value in scores.values()):
-            raise VerificationError(
-                "All scores are zero: the experts are still equal. Train longer before the first round "
-                "(train.warmup, train.steps), or use the score 'magnitude'."
-            )
+            raise VerificationError(self._nothing_to_rank())
         kept = self._kept(t, scores)
         cuts = cuts_of(self.layers)
         moved: list[Moved] = []
@@ -84,6 +81,18 @@ class Partitioner:
                 moved += self._turn_static(self.layers[name], part, keep, mean_routing[name])
         self.done = t
         return Round(t, self._ratio(t), sum(self._dynamic_entries(name) for name in self.layers), tuple(moved))
+
+    def _nothing_to_rank(self) -> str:
+        if all(layer.experts_are_equal for layer in self.layers.values()):
+            return (
+                "All scores are zero: the experts are still equal. Train longer before the first round "
+                "(train.warmup, train.steps), or use the score 'magnitude'."
+            )
+        return (
+            "All scores are zero: the experts differ, but the loss no longer depends on them. The training has broken "
+            "the network, for example by a rate that is too high: lower train.lr or train.expert_lr_scale, and see "
+            "whether the source itself learns at that rate."
+        )
 
     # ---- which units stay --------------------------------------------------------------------------------------
 
