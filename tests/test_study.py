@@ -180,23 +180,6 @@ def test_noise_leaves_the_mean_of_the_experts() -> None:
     assert float((after - before).std() / before.std()) == pytest.approx(0.1 * 0.75**0.5, rel=0.2)
 
 
-@pytest.mark.parametrize("factor", [2.0, 0.5])
-def test_experts_rates(factor: float) -> None:
-    plain, trainer = converted()
-    hurried, _ = converted()
-    before = {name: p.detach().clone() for name, p in plain.named_parameters()}
-    for model, each in ((plain, 1.0), (hurried, factor)):
-        run = start(model, None, trainer.setting)
-        trials.hurry_experts_(run, each)
-        generator = torch.Generator().manual_seed(0)
-        for parameter in model.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-        run.optimizer.step()
-    for (name, one), two in zip(plain.named_parameters(), hurried.parameters(), strict=True):
-        expected = factor if "_dynamic" in name else 1.0
-        torch.testing.assert_close(two - before[name], expected * (one - before[name]), rtol=1e-3, atol=1e-7)
-
-
 def test_an_average_is_of_the_last_steps() -> None:
     model, trainer = converted()
     run, keeper = start(model, None, trainer.setting), trials.Averaged()

@@ -14,7 +14,7 @@ class Arm:
     """`settings` are laid over the study's own (`BASE`), in a policy's words; a static arm trains the source.
 
     Settings under `study.` are ideas that the product does not have (`trials.py`): `grouping`, one of
-    `routings.GROUPINGS`; `reads`, one of `trials.READERS`; `noise`, a share; `expert_rate`, a factor; `average`.
+    `routings.GROUPINGS`; `reads`, one of `trials.READERS`; `noise`, a share; `average`.
     """
 
     name: str
@@ -96,11 +96,11 @@ THIRD_IDEAS = (
     PAD.but("PAD, routers read deviations too", study__reads="deviations"),
     PAD.but("PAD, routers read the layer before too", study__reads="the layer before"),
     PAD.but("PAD, noisy experts", study__noise=0.1),
-    PAD.but("PAD, experts' rate × 2", study__expert_rate=2.0),
-    PAD.but("PAD, experts' rate × 0.5", study__expert_rate=0.5),
-    PAD.but("PAD, experts' rate × 4", study__expert_rate=4.0),
-    PAD.but("PAD, experts' rate × 8", study__expert_rate=8.0),
-    DYNAMIC.but("dynamic, experts' rate × 4", study__expert_rate=4.0),
+    PAD.but("PAD, experts' lr × 0.5", train__expert_lr_scale=0.5),
+    PAD_FASTER,
+    PAD_FAST,
+    PAD.but("PAD, experts' lr × 8", train__expert_lr_scale=8.0),
+    DYNAMIC_FAST,
     STATIC.but("static, averaged", study__average=1),
     DYNAMIC.but("dynamic, averaged", study__average=1),
     PAD.but("PAD, averaged", study__average=1),

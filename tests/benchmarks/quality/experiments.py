@@ -73,7 +73,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "Finished sources, long, experts faster, other seeds",
         "The same with sources from three other seeds.",
         ("two domains (16 px, finished, long)", "CIFAR-10 (16 px, finished, long)"),
-        tuple(arm for arm in FASTER if arm is not PAD_FASTER),
+        (STATIC, PAD, PAD_FAST, DYNAMIC_FAST, RANDOM_FAST, CHANNEL_FAST),
         seeds=FRESH,
     ),
     *(

@@ -228,10 +228,7 @@ def _source_test(task: Task, seed: int, device: torch.device) -> dict[str, float
 def _fit_(model: nn.Module, partitioner: Partitioner | None, trainer: Trainer, arm: Arm) -> None:
     """As `Trainer.fit_`, with the arm's trials."""
     training = start(model, partitioner, trainer.setting)
-    hurry, average = arm.trial("expert_rate"), arm.trial("average")
-    if hurry is not None:
-        trials.hurry_experts_(training, float(hurry))
-    keeper = trials.Averaged() if average is not None else None
+    keeper = trials.Averaged() if arm.trial("average") is not None else None
     finetune_(training, trainer.setting, Silent(), keeper)
     if keeper is not None:
         keeper.finish_(model)

@@ -86,7 +86,7 @@ READERS: Mapping[str, Callable[[nn.Module], None]] = {
     "the layer before": read_the_layer_before_,
 }
 
-# ---- how experts begin, and how fast they learn ------------------------------------------------------------------
+# ---- how experts begin -------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -99,28 +99,6 @@ def add_noise_(model: nn.Module, share: float, seed: int) -> None:
         assert experts_KDS is not None
         noise = torch.randn(experts_KDS.shape, generator=generator).to(experts_KDS)
         experts_KDS.add_((noise - noise.mean(0)) * share * experts_KDS.std())
-
-
-def hurry_experts_(run: Run, factor: float) -> None:
-    """Every step of the optimizer moves dynamic entries `factor` times as far."""
-    kept: dict[int, Tensor] = {}
-
-    def dynamic() -> list[nn.Parameter]:
-        layers = pad_layers(run.model).values()
-        parts = [getattr(layer, f"{part}_dynamic") for layer in layers for part in layer.parts]
-        return [each for each in parts if each is not None]
-
-    def keep(*_: Any) -> None:
-        kept.update({id(each): each.detach().clone() for each in dynamic()})
-
-    @torch.no_grad()
-    def hurry(*_: Any) -> None:
-        for each in dynamic():
-            each.add_(each - kept[id(each)], alpha=factor - 1)
-        kept.clear()
-
-    run.optimizer.register_step_pre_hook(keep)
-    run.optimizer.register_step_post_hook(hurry)
 
 
 # ---- what is kept of a training ----------------------------------------------------------------------------------
