@@ -80,11 +80,14 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         Experiment(
             f"SGD at {rate}",
             f"What `train.optimizer: auto` takes for convolutions, all arms at {rate}.",
-            ("sensors (16 px, finished, long)",),
+            tasks,
             SGD,
             rate=rate,
         )
-        for rate in (0.01, 0.1)
+        for rate, tasks in (
+            (0.01, ("sensors (16 px, finished, long)", "ResNet-20 to Fashion-MNIST (16 px)")),
+            (0.1, ("sensors (16 px, finished, long)",)),
+        )
     ),
     Experiment(
         "Finished sources",
