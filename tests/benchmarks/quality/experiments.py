@@ -30,6 +30,7 @@ SEEDS = (0, 1, 2)
 
 #: of tasks whose first sources were not kept: no new arm can be paired with them
 FRESH = (3, 4, 5)
+EVERY = (*SEEDS, *FRESH)
 
 
 @dataclass(frozen=True, slots=True)
