@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Setting = str | int | float
+Rules = list[dict[str, str | bool]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,24 +15,27 @@ class Arm:
     """`settings` are laid over the study's own (`BASE`), in a policy's words; a static arm trains the source.
 
     Settings under `study.` are ideas that the product does not have (`trials.py`): `grouping`, one of
-    `routings.GROUPINGS`; `reads`, one of `trials.READERS`; `noise`, a share; `average`.
+    `routings.GROUPINGS`; `reads`, one of `trials.READERS`; `noise`, a share; `average`;
+    `new_value`, one of `trials.NEW_VALUES`.
     """
 
     name: str
     kind: Literal["static", "dynamic", "pad"]
-    settings: Mapping[str, Setting] = field(default_factory=dict, hash=False)
+    settings: Mapping[str, Setting | Rules] = field(default_factory=dict, hash=False)
 
-    def but(self, name: str, **settings: Setting) -> Arm:
+    def but(self, name: str, **settings: Setting | Rules) -> Arm:
         """Another arm that differs from this one; `train__lr` stands for `train.lr`."""
         changed = {key.replace("__", "."): value for key, value in settings.items()}
         return Arm(name, self.kind, {**self.settings, **changed})
 
     def trial(self, name: str) -> Setting | None:
         """What it asks of an idea of the study's own."""
-        return self.settings.get(f"study.{name}")
+        found = self.settings.get(f"study.{name}")
+        assert not isinstance(found, list)
+        return found
 
-    def overrides(self, base: Mapping[str, Setting], ratio: float) -> dict[str, Setting]:
-        whole = {**base, **self.settings}
+    def overrides(self, base: Mapping[str, Setting], ratio: float) -> dict[str, Setting | Rules]:
+        whole: dict[str, Setting | Rules] = {**base, **self.settings}
         if self.kind == "dynamic":
             whole["defaults.dynamic_ratio"] = 1
         else:
@@ -39,7 +43,7 @@ class Arm:
         return whole
 
 
-def in_policys_words(settings: Mapping[str, Setting]) -> dict[str, Setting]:
+def in_policys_words(settings: Mapping[str, Setting | Rules]) -> dict[str, Setting | Rules]:
     """Without what only the study knows: settings under `study.`."""
     return {key: value for key, value in settings.items() if not key.startswith("study.")}
 
@@ -124,9 +128,25 @@ SECOND_IDEAS = (
     PAD.but("PAD, grouped by class", study__grouping="classes"),
     PAD.but("PAD, grouped by class, less sure", study__grouping="classes", train__top_probability=0.5),
     PAD.but("PAD, routers' rate × 1", train__router_lr_scale=1.0),
-    PAD.but("PAD, less sure, routers' rate × 1", train__top_probability=0.5, train__router_lr_scale=1.0),
-    PAD.but("PAD, rounds late", train__warmup=0.6, train__partitioning=0.3),
-    PAD.but("PAD, distilled too", train__objective="both", train__distill_weight=1.0),
-    PAD.but("PAD, layers apart", partition__scope="layer"),
-    PAD.but("PAD, κ = 0.6", defaults__dynamic_ratio=0.6),
+)
+#: with faster experts
+FOURTH_IDEAS = (
+    RANDOM_FAST,
+    CHANNEL_FAST,
+    *(
+        PAD_FAST.but(f"PAD × 4, {score}", partition__score=score)
+        for score in ("fisher", "variance", "snip", "magnitude")
+    ),
+    PAD_FAST.but("PAD × 4, layers apart", partition__scope="layer"),
+    PAD_FAST.but("PAD × 4, rounds early", train__warmup=0.1, train__partitioning=0.2),
+    PAD_FAST.but("PAD × 4, rounds late", train__warmup=0.6, train__partitioning=0.3),
+    PAD_FAST.but("PAD × 4, one round", partition__rounds=1),
+    PAD_FAST.but("PAD × 4, new static values not routed", study__new_value="mean of the experts"),
+    PAD_FAST.but("PAD × 4, distilled too", train__objective="both", train__distill_weight=1.0),
+    PAD_FAST.but("PAD × 4, only converted layers trained", train__what="converted"),
+    PAD_FAST.but("PAD × 4, stem and head too", rules=[{"role": role, "convert": True} for role in ("stem", "head")]),
+    PAD_FAST.but("PAD × 4, K = 8", defaults__num_experts=8),
+    PAD_FAST.but("PAD × 4, κ = 0.6", defaults__dynamic_ratio=0.6),
+    PAD_FAST.but("PAD × 4, less sure, routers' rate × 1", train__top_probability=0.5, train__router_lr_scale=1.0),
+    PAD_FAST.but("PAD × 4, grouped by random directions", study__grouping="random directions"),
 )

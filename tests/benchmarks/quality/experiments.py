@@ -11,6 +11,7 @@ from benchmarks.quality.arms import (
     DYNAMIC_FAST,
     DYNAMIC_GROUPED,
     FIRST_IDEAS,
+    FOURTH_IDEAS,
     PAD,
     PAD_FAST,
     PAD_FASTER,
@@ -120,6 +121,15 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "One seed, from finished sources: one grouping of the samples for all layers, in place of each layer's own.",
         ("two domains (16 px, finished, long)", "CIFAR-10 (16 px, finished, long)"),
         (STATIC, DYNAMIC, PAD, DYNAMIC_GROUPED, PAD_GROUPED, RANDOM_GROUPED),
+        seeds=(0,),
+        rate=0.01,
+    ),
+    Experiment(
+        "Ideas, a fourth look",
+        "One seed and one rate, from a finished source, dynamic entries at four times the rate: the partition, what is "
+        "converted, and how it is trained. What they came to is in [the log](decisions/recipe.md).",
+        ("sensors (16 px, finished)",),
+        (STATIC, DYNAMIC_FAST, PAD_FAST, *FOURTH_IDEAS),
         seeds=(0,),
         rate=0.01,
     ),

@@ -47,7 +47,19 @@ def by_class(seen: list[Tensor], labels: Tensor, experts: int, generator: Genera
     return group_of_class[torch.searchsorted(classes, labels)]
 
 
-GROUPINGS: Mapping[str, Grouping] = {"last layer": by_last_layer, "first layer": by_first_layer, "classes": by_class}
+def by_random_directions(seen: list[Tensor], labels: Tensor, experts: int, generator: Generator) -> Tensor:
+    """The random direction that a sample points to furthest in the deepest converted layer."""
+    del labels
+    directions_CK = torch.randn(seen[-1].shape[1], experts, generator=generator).to(seen[-1])
+    return (seen[-1] @ nn.functional.normalize(directions_CK, dim=0)).argmax(1)
+
+
+GROUPINGS: Mapping[str, Grouping] = {
+    "last layer": by_last_layer,
+    "first layer": by_first_layer,
+    "classes": by_class,
+    "random directions": by_random_directions,
+}
 
 
 def set_aligned_(model: nn.Module, trainer: Trainer, grouping: str) -> None:

@@ -11,8 +11,9 @@ from torch import Generator, Tensor, nn
 
 from padconvert.finetune.loop import Run
 from padconvert.layers.conv import PadConv2d
-from padconvert.layers.pad import PadLayer
+from padconvert.layers.pad import Moved, PadLayer
 from padconvert.layers.routers.linear import Router
+from padconvert.partition import Partitioner
 from padconvert.rewrite import pad_layers
 
 #: of `Averaged`: the share of the steps it leaves out (with the default policy the rounds are over by then), and the
@@ -100,6 +101,18 @@ def add_noise_(model: nn.Module, share: float, seed: int) -> None:
         noise = torch.randn(experts_KDS.shape, generator=generator).to(experts_KDS)
         experts_KDS.add_((noise - noise.mean(0)) * share * experts_KDS.std())
 
+
+# ---- what a newly static entry is worth --------------------------------------------------------------------------
+
+
+class MeanOfExperts(Partitioner):
+    """An entry that turns static becomes its experts' plain mean, however seldom one of them is chosen."""
+
+    def _turn_static(self, layer: PadLayer, part: str, keep: Tensor, mean_routing_K: Tensor) -> list[Moved]:
+        return super()._turn_static(layer, part, keep, torch.full_like(mean_routing_K, 1 / len(mean_routing_K)))
+
+
+NEW_VALUES: Mapping[str, type[Partitioner]] = {"mean of the experts": MeanOfExperts}
 
 # ---- what is kept of a training ----------------------------------------------------------------------------------
 
