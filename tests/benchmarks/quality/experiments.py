@@ -81,9 +81,10 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     *(
         Experiment(
             f"SGD at {rate}",
-            f"What `train.optimizer: auto` takes for convolutions, all arms at {rate}.",
+            f"One seed: what `train.optimizer: auto` takes for convolutions, all arms at {rate}.",
             tasks,
             SGD,
+            seeds=(0,),
             rate=rate,
         )
         for rate, tasks in (
