@@ -14,7 +14,7 @@ from padconvert.finetune.data.examples import TensorExamples
 from padconvert.finetune.data.preparation import Preparation, Prepared
 from padconvert.finetune.data.sources import Data
 from padconvert.finetune.loop import Run, Setting, finetune_, start
-from padconvert.finetune.optimizer import follow_, make_optimizer, set_lr_
+from padconvert.finetune.optimizer import expert_factor, follow_, make_optimizer, set_lr_
 from padconvert.finetune.phases import Phases
 from padconvert.finetune.train import Trainer, check_rounds
 from padconvert.layers.pad import PadLayer
@@ -225,6 +225,38 @@ def test_experts_have_a_rate_of_their_own() -> None:
         torch.testing.assert_close(
             before[name] - parameter, torch.full_like(parameter, factor * 0.0625), atol=1e-6, rtol=0
         )
+
+
+def test_by_sgd_experts_learn_as_fast_as_the_weight_that_they_replace() -> None:
+    """Equal experts, whatever the routing: their mean moves as the source's weight does, in layers of 4 and of 2."""
+    torch.manual_seed(0)
+    source = Net()
+    rules = [{"name": "b", "num_experts": 2}]
+    settings = {"train.optimizer": "sgd", "train.weight_decay": 0.0, "rules": rules}
+    model = copy.deepcopy(source)
+    plan = planned(model, **settings)
+    rewrite_(model, plan)
+    x = torch.randn(8, 1, 12, 12)
+    for each in (source, model):
+        made = make_optimizer(each, plan.policy.train)
+        set_lr_(made, 0.125)
+        each(x).square().mean().backward()
+        made.step()
+    layers = pad_layers(model)
+    assert {layer.num_experts for layer in layers.values()} == {2, 4}
+    for name, layer in layers.items():
+        assert layer.weight_dynamic is not None
+        expected = dict(source.named_parameters())[f"{name}.weight"].detach().flatten()
+        assert not torch.equal(layer.weight_dynamic[0], layer.weight_dynamic[1])
+        torch.testing.assert_close(layer.weight_dynamic.detach().mean(0).flatten(), expected)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "scale", "factor"), [("sgd", None, 6.0), ("adamw", None, 1.0), ("sgd", 2.5, 2.5), ("adamw", 0.0, 0.0)]
+)
+def test_experts_rates(optimizer: str, scale: float | None, factor: float) -> None:
+    train = load_policy(overrides={"train.optimizer": optimizer, "train.expert_lr_scale": scale}).policy.train
+    assert expert_factor(train, 6) == factor
 
 
 def test_a_kept_run_goes_on_where_it_was() -> None:

@@ -24,7 +24,7 @@ class OptimizerPolicy(Protocol):
     @property
     def weight_decay(self) -> float: ...
     @property
-    def expert_lr_scale(self) -> float: ...
+    def expert_lr_scale(self) -> float | None: ...
     @property
     def router_lr_scale(self) -> float: ...
     @property
@@ -32,7 +32,7 @@ class OptimizerPolicy(Protocol):
 
 
 def make_optimizer(model: nn.Module, train: OptimizerPolicy) -> torch.optim.Optimizer:
-    """SGD with momentum, or AdamW. Groups: weights, dynamic ones (lr × expert_lr_scale), then routers
+    """SGD with momentum, or AdamW. Groups: weights, dynamic ones (lr × `expert_factor`), then routers
     (lr × router_lr_scale) and scales without decay.
 
     A parameter that the source had frozen stays frozen; `what: converted` trains the converted layers alone.
@@ -41,18 +41,24 @@ def make_optimizer(model: nn.Module, train: OptimizerPolicy) -> torch.optim.Opti
     routers = _unique([p for layer in layers if layer.router is not None for p in layer.router.parameters()])
     scales = [layer.scale_logit for layer in layers if layer.scale_logit is not None]
     dynamic = {
-        id(p) for layer in layers for part in layer.parts if (p := getattr(layer, f"{part}_dynamic")) is not None
+        id(p): expert_factor(train, layer.num_experts)
+        for layer in layers
+        for part in layer.parts
+        if (p := getattr(layer, f"{part}_dynamic")) is not None
     }
     apart = {id(p) for p in [*routers, *scales]}
     pool: Sequence[nn.Module] = layers if train.what == "converted" else [model]
     weights = _unique([p for module in pool for p in module.parameters() if p.requires_grad and id(p) not in apart])
     groups: list[dict[str, Any]] = [
         {"params": [p for p in weights if id(p) not in dynamic], "factor": 1.0, "weight_decay": train.weight_decay},
-        {
-            "params": [p for p in weights if id(p) in dynamic],
-            "factor": train.expert_lr_scale,
-            "weight_decay": train.weight_decay,
-        },
+        *(
+            {
+                "params": [p for p in weights if dynamic.get(id(p)) == factor],
+                "factor": factor,
+                "weight_decay": train.weight_decay,
+            }
+            for factor in sorted(set(dynamic.values()))
+        ),
         {"params": routers, "factor": train.router_lr_scale, "weight_decay": 0.0},
         {"params": scales, "factor": 1.0, "weight_decay": 0.0},
     ]
@@ -62,6 +68,17 @@ def make_optimizer(model: nn.Module, train: OptimizerPolicy) -> torch.optim.Opti
         fused = all(p.is_floating_point() for group in groups for p in group["params"])
         return torch.optim.AdamW(groups, lr=train.lr, fused=fused, foreach=False)
     return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, foreach=False)
+
+
+def expert_factor(train: OptimizerPolicy, num_experts: int) -> float:
+    """Learning rate of dynamic entries over that of static ones, where the policy leaves it open.
+
+    The gradients of K experts add up to that of the weight that they replace (Σ_k π_k = 1), so each is K times smaller
+    in the mean. By SGD they learn as fast as that weight did at K times its rate; AdamW's steps do not depend on it.
+    """
+    if train.expert_lr_scale is not None:
+        return train.expert_lr_scale
+    return float(num_experts) if train.optimizer == "sgd" else 1.0
 
 
 def _unique(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
@@ -75,16 +92,16 @@ def set_lr_(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def follow_(optimizer: torch.optim.Optimizer, moved: Sequence[Moved]) -> None:
     """Follow repacked parameters: surviving entries keep their momentum, newly static ones start without."""
-    weights, experts = (group["params"] for group in optimizer.param_groups[:2])
-    trained = {id(p) for p in (*weights, *experts)}
+    groups = [group["params"] for group in optimizer.param_groups]
+    trained = {id(p) for group in groups for p in group}
     for move in moved:
-        group, place = _held(move.old, (weights, experts))
+        group, place = _held(move.old, groups)
         if place is not None and move.new is not None:
             group[place] = move.new
         elif place is not None:
             del group[place]
         elif move.new is not None and move.new.requires_grad and (move.old is None or id(move.old) in trained):
-            weights.append(move.new)  # entries that are the first of their layer to turn static
+            groups[0].append(move.new)  # entries that are the first of their layer to turn static
         state = optimizer.state.pop(move.old, None) if move.old is not None else None
         if state is not None and move.new is not None:
             assert move.old is not None
