@@ -343,6 +343,11 @@ def test_the_committed_page_is_what_the_study_writes() -> None:
     assert report.DOCUMENT.read_text(encoding="utf-8") == report.document(study.Results(COMMITTED), findings)
 
 
+def test_the_readme_has_the_gains_that_were_measured() -> None:
+    table = "\n".join(report.kinds_table(study.Results(COMMITTED), report.GAINS_IN_README))
+    assert table in (report.DOCUMENT.parents[1] / "README.md").read_text(encoding="utf-8")
+
+
 def test_results_that_are_committed_can_be_read() -> None:
     for path in COMMITTED.glob("*.jsonl"):
         for line in path.read_text(encoding="utf-8").splitlines():
