@@ -14,7 +14,7 @@ from padconvert.finetune.data.examples import TensorExamples
 from padconvert.finetune.data.preparation import Preparation, Prepared
 from padconvert.finetune.data.sources import Data
 from padconvert.finetune.loop import Run, Setting, finetune_, start
-from padconvert.finetune.optimizer import expert_factor, follow_, make_optimizer, set_lr_
+from padconvert.finetune.optimizer import follow_, make_optimizer, normalised_convolutions, set_lr_
 from padconvert.finetune.phases import Phases
 from padconvert.finetune.train import Trainer, check_rounds
 from padconvert.layers.pad import PadLayer
@@ -196,7 +196,7 @@ def test_the_optimizers_state_follows_a_partition(optimizer: str, granularity: s
         held = {id(p) for group in made.param_groups for p in group["params"]}
         assert held == {id(p) for p in model.parameters()}
         experts = {id(p) for name, p in model.named_parameters() if "_dynamic" in name}
-        assert {id(p) for p in made.param_groups[1]["params"]} == experts
+        assert {id(p) for group in made.param_groups[1:-2] for p in group["params"]} == experts
     static = layer.weight_static
     assert static is not None
     value = static.detach().clone()
@@ -227,36 +227,45 @@ def test_experts_have_a_rate_of_their_own() -> None:
         )
 
 
-def test_by_sgd_experts_learn_as_fast_as_the_weight_that_they_replace() -> None:
-    """Equal experts, whatever the routing: their mean moves as the source's weight does, in layers of 4 and of 2."""
-    torch.manual_seed(0)
-    source = Net()
-    rules = [{"name": "b", "num_experts": 2}]
-    settings = {"train.optimizer": "sgd", "train.weight_decay": 0.0, "rules": rules}
-    model = copy.deepcopy(source)
-    plan = planned(model, **settings)
-    rewrite_(model, plan)
-    x = torch.randn(8, 1, 12, 12)
-    for each in (source, model):
-        made = make_optimizer(each, plan.policy.train)
-        set_lr_(made, 0.125)
-        each(x).square().mean().backward()
-        made.step()
-    layers = pad_layers(model)
-    assert {layer.num_experts for layer in layers.values()} == {2, 4}
-    for name, layer in layers.items():
-        assert layer.weight_dynamic is not None
-        expected = dict(source.named_parameters())[f"{name}.weight"].detach().flatten()
-        assert not torch.equal(layer.weight_dynamic[0], layer.weight_dynamic[1])
-        torch.testing.assert_close(layer.weight_dynamic.detach().mean(0).flatten(), expected)
-
-
 @pytest.mark.parametrize(
-    ("optimizer", "scale", "factor"), [("sgd", None, 6.0), ("adamw", None, 1.0), ("sgd", 2.5, 2.5), ("adamw", 0.0, 0.0)]
+    ("optimizer", "scale", "norm", "factors"),
+    [
+        ("adamw", None, True, {"a": 4.0, "b": 1.0}),
+        ("adamw", None, False, {"a": 1.0, "b": 1.0}),
+        ("sgd", None, True, {"a": 1.0, "b": 1.0}),
+        ("sgd", 2.5, False, {"a": 2.5, "b": 2.5}),
+        ("adamw", 0.0, True, {"a": 0.0, "b": 0.0}),
+    ],
 )
-def test_experts_rates(optimizer: str, scale: float | None, factor: float) -> None:
-    train = load_policy(overrides={"train.optimizer": optimizer, "train.expert_lr_scale": scale}).policy.train
-    assert expert_factor(train, 6) == factor
+def test_rates_of_experts(optimizer: str, scale: float | None, norm: bool, factors: dict[str, float]) -> None:
+    """By AdamW, convolutions that BatchNorm follows (a) learn faster; linear layers (b) do not."""
+    model = Net()
+    if not norm:
+        setattr(model, "norm", nn.Identity())  # noqa: B010, mypy has a BatchNorm there
+    plan = planned(model, **{"train.optimizer": optimizer, "train.expert_lr_scale": scale})
+    rewrite_(model, plan)
+    made = make_optimizer(model, plan.policy.train)
+    of = {id(p): group["factor"] for group in made.param_groups for p in group["params"]}
+    assert {name: of[id(layer.weight_dynamic)] for name, layer in pad_layers(model).items()} == factors
+    assert of[id(model.stem.weight)] == 1.0
+
+
+def test_which_convolutions_are_normalised() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(),
+        nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Sequential(nn.Conv2d(8, 6, 3)), nn.BatchNorm2d(6), nn.BatchNorm2d(6),
+        nn.Conv2d(6, 8, 3), nn.ReLU(), nn.BatchNorm2d(8),
+        nn.Conv2d(8, 4, 3), nn.BatchNorm2d(8),  # one of another place
+        nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2),
+    )  # fmt: skip
+    plan = planned(model, rules=[{"type": "Conv2d", "convert": True}])
+    rewrite_(model, plan)
+    names = {layer: name for name, layer in pad_layers(model).items()}
+    assert len(names) == 7
+    assert {names[layer] for layer in normalised_convolutions(model)} == {"2", "5.0"}  # type: ignore[index]
 
 
 def test_a_kept_run_goes_on_where_it_was() -> None:
