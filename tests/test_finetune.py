@@ -14,7 +14,7 @@ from padconvert.finetune.data.examples import TensorExamples
 from padconvert.finetune.data.preparation import Preparation, Prepared
 from padconvert.finetune.data.sources import Data
 from padconvert.finetune.loop import Run, Setting, finetune_, start
-from padconvert.finetune.optimizer import follow_, make_optimizer, normalised_convolutions, set_lr_
+from padconvert.finetune.optimizer import follow_, make_optimizer, set_lr_
 from padconvert.finetune.phases import Phases
 from padconvert.finetune.train import Trainer, check_rounds
 from padconvert.layers.pad import PadLayer
@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_finite_names_its_layer() -> None:
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("granularity", ["element", "channel"])
 def test_the_optimizers_state_follows_a_partition(optimizer: str, granularity: str) -> None:
-    """After a round, surviving entries have the momentum they had, newly static ones none; then training goes on."""
+    """After a round, surviving entries have the state they had, newly static ones their experts'; training goes on."""
     torch.manual_seed(0)
     model = Net()
     plan = planned(model, **{"train.optimizer": optimizer, "train.lr": 0.01, "defaults.granularity": granularity})
@@ -176,27 +176,39 @@ def test_the_optimizers_state_follows_a_partition(optimizer: str, granularity: s
         nn.functional.cross_entropy(model(batch.inputs), batch.labels).backward()
         made.step()
 
-    key = "momentum_buffer" if optimizer == "sgd" else "exp_avg"
+    assert layer.scale_logit is not None
+    with torch.no_grad():
+        layer.scale_logit.fill_(0.5)
     for keep_every in (2, 4):
         step()
         assert layer.weight_dynamic is not None
         old_units = layer.units("weight")
-        before = made.state[layer.weight_dynamic][key].clone()
-        static_before = None if layer.weight_static is None else made.state[layer.weight_static][key].clone()
+        before = {key: value.clone() for key, value in made.state[layer.weight_dynamic].items()}
+        static_before = {} if layer.weight_static is None else dict(made.state[layer.weight_static])
         mask = torch.arange(layer.view("weight").units) % keep_every == 0
+        static_scale, dynamic_scale = layer.scales()
         follow_(made, layer.partition_("weight", mask, torch.ones(4) / 4))
         places = [old_units.dynamic.tolist().index(unit) for unit in layer.units("weight").dynamic.tolist()]
-        torch.testing.assert_close(made.state[layer.weight_dynamic][key], before[:, places])
-        if static_before is not None:
-            assert layer.weight_static is not None
+        assert layer.weight_static is not None
+        known = torch.tensor([unit in old_units.static.tolist() for unit in layer.units("weight").static.tolist()])
+        joined = [unit for unit in layer.units("weight").static.tolist() if unit in old_units.dynamic.tolist()]
+        came = [old_units.dynamic.tolist().index(unit) for unit in joined]
+        assert set(made.state[layer.weight_static]) == set(before)
+        for key in set(before) - {"step"}:
+            torch.testing.assert_close(made.state[layer.weight_dynamic][key], before[key][:, places])
             moved = made.state[layer.weight_static][key]
-            known = [unit in old_units.static.tolist() for unit in layer.units("weight").static.tolist()]
-            torch.testing.assert_close(moved[torch.tensor(known)], static_before)
-            assert not bool(moved[~torch.tensor(known)].any())
+            if static_before:
+                torch.testing.assert_close(moved[known], static_before[key])
+            experts = before[key][:, came]
+            ratio = static_scale / dynamic_scale
+            expected = (experts.sqrt().sum(0) * ratio) ** 2 if key == "exp_avg_sq" else experts.sum(0) * ratio
+            torch.testing.assert_close(moved[~known], expected)
+        if optimizer == "adamw":
+            assert made.state[layer.weight_static]["step"] == before["step"]
         held = {id(p) for group in made.param_groups for p in group["params"]}
         assert held == {id(p) for p in model.parameters()}
         experts = {id(p) for name, p in model.named_parameters() if "_dynamic" in name}
-        assert {id(p) for group in made.param_groups[1:-2] for p in group["params"]} == experts
+        assert {id(p) for p in made.param_groups[1]["params"]} == experts
     static = layer.weight_static
     assert static is not None
     value = static.detach().clone()
@@ -225,47 +237,6 @@ def test_experts_have_a_rate_of_their_own() -> None:
         torch.testing.assert_close(
             before[name] - parameter, torch.full_like(parameter, factor * 0.0625), atol=1e-6, rtol=0
         )
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "scale", "norm", "factors"),
-    [
-        ("adamw", None, True, {"a": 4.0, "b": 1.0}),
-        ("adamw", None, False, {"a": 1.0, "b": 1.0}),
-        ("sgd", None, True, {"a": 1.0, "b": 1.0}),
-        ("sgd", 2.5, False, {"a": 2.5, "b": 2.5}),
-        ("adamw", 0.0, True, {"a": 0.0, "b": 0.0}),
-    ],
-)
-def test_rates_of_experts(optimizer: str, scale: float | None, norm: bool, factors: dict[str, float]) -> None:
-    """By AdamW, convolutions that BatchNorm follows (a) learn faster; linear layers (b) do not."""
-    model = Net()
-    if not norm:
-        setattr(model, "norm", nn.Identity())  # noqa: B010, mypy has a BatchNorm there
-    plan = planned(model, **{"train.optimizer": optimizer, "train.expert_lr_scale": scale})
-    rewrite_(model, plan)
-    made = make_optimizer(model, plan.policy.train)
-    of = {id(p): group["factor"] for group in made.param_groups for p in group["params"]}
-    assert {name: of[id(layer.weight_dynamic)] for name, layer in pad_layers(model).items()} == factors
-    assert of[id(model.stem.weight)] == 1.0
-
-
-def test_which_convolutions_are_normalised() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.ReLU(),
-        nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Sequential(nn.Conv2d(8, 6, 3)), nn.BatchNorm2d(6), nn.BatchNorm2d(6),
-        nn.Conv2d(6, 8, 3), nn.ReLU(), nn.BatchNorm2d(8),
-        nn.Conv2d(8, 4, 3), nn.BatchNorm2d(8),  # one of another place
-        nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2),
-    )  # fmt: skip
-    plan = planned(model, rules=[{"type": "Conv2d", "convert": True}])
-    rewrite_(model, plan)
-    names = {layer: name for name, layer in pad_layers(model).items()}
-    assert len(names) == 7
-    assert {names[layer] for layer in normalised_convolutions(model)} == {"2", "5.0"}  # type: ignore[index]
 
 
 def test_a_kept_run_goes_on_where_it_was() -> None:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from padconvert.layers.pad import Moved, PadLayer
+from padconvert.layers.pad import Joined, Moved
 from padconvert.rewrite import pad_layers
-
-#: what convolutions gained by in the study, see `expert_factor`
-FASTER = 4.0
 
 
 class OptimizerPolicy(Protocol):
@@ -29,7 +24,7 @@ class OptimizerPolicy(Protocol):
     @property
     def weight_decay(self) -> float: ...
     @property
-    def expert_lr_scale(self) -> float | None: ...
+    def expert_lr_scale(self) -> float: ...
     @property
     def router_lr_scale(self) -> float: ...
     @property
@@ -37,7 +32,7 @@ class OptimizerPolicy(Protocol):
 
 
 def make_optimizer(model: nn.Module, train: OptimizerPolicy) -> torch.optim.Optimizer:
-    """SGD with momentum, or AdamW. Groups: weights, dynamic ones (lr × `expert_factor`), then routers
+    """SGD with momentum, or AdamW. Groups: weights, dynamic ones (lr × expert_lr_scale), then routers
     (lr × router_lr_scale) and scales without decay.
 
     A parameter that the source had frozen stays frozen; `what: converted` trains the converted layers alone.
@@ -45,26 +40,19 @@ def make_optimizer(model: nn.Module, train: OptimizerPolicy) -> torch.optim.Opti
     layers = list(pad_layers(model).values())
     routers = _unique([p for layer in layers if layer.router is not None for p in layer.router.parameters()])
     scales = [layer.scale_logit for layer in layers if layer.scale_logit is not None]
-    normalised = normalised_convolutions(model)
     dynamic = {
-        id(p): expert_factor(train, normalised=layer in normalised)
-        for layer in layers
-        for part in layer.parts
-        if (p := getattr(layer, f"{part}_dynamic")) is not None
+        id(p) for layer in layers for part in layer.parts if (p := getattr(layer, f"{part}_dynamic")) is not None
     }
     apart = {id(p) for p in [*routers, *scales]}
     pool: Sequence[nn.Module] = layers if train.what == "converted" else [model]
     weights = _unique([p for module in pool for p in module.parameters() if p.requires_grad and id(p) not in apart])
     groups: list[dict[str, Any]] = [
         {"params": [p for p in weights if id(p) not in dynamic], "factor": 1.0, "weight_decay": train.weight_decay},
-        *(
-            {
-                "params": [p for p in weights if dynamic.get(id(p)) == factor],
-                "factor": factor,
-                "weight_decay": train.weight_decay,
-            }
-            for factor in sorted(set(dynamic.values()))
-        ),
+        {
+            "params": [p for p in weights if id(p) in dynamic],
+            "factor": train.expert_lr_scale,
+            "weight_decay": train.weight_decay,
+        },
         {"params": routers, "factor": train.router_lr_scale, "weight_decay": 0.0},
         {"params": scales, "factor": 1.0, "weight_decay": 0.0},
     ]
@@ -74,34 +62,6 @@ def make_optimizer(model: nn.Module, train: OptimizerPolicy) -> torch.optim.Opti
         fused = all(p.is_floating_point() for group in groups for p in group["params"])
         return torch.optim.AdamW(groups, lr=train.lr, fused=fused, foreach=False)
     return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, foreach=False)
-
-
-def expert_factor(train: OptimizerPolicy, *, normalised: bool) -> float:
-    """Learning rate of a layer's dynamic entries over that of static ones. Where the policy leaves it open it is 4 with
-    AdamW for a convolution that BatchNorm follows (`normalised`: the size of its weights then does not matter), by
-    which those gained in docs/results.md, and 1 for all others."""
-    if train.expert_lr_scale is not None:
-        return train.expert_lr_scale
-    return FASTER if normalised and train.optimizer == "adamw" else 1.0
-
-
-def normalised_convolutions(model: nn.Module) -> set[nn.Module]:
-    """The converted convolutions that a BatchNorm of as many channels follows, in the order that modules have."""
-    inside = {part for layer in pad_layers(model).values() for part in layer.modules() if part is not layer}
-    leaves = [
-        module
-        for module in model.modules()
-        if isinstance(module, PadLayer) or (module not in inside and not any(module.children()))
-    ]
-    return {
-        layer
-        for layer, after in pairwise(leaves)
-        if isinstance(layer, PadLayer) and isinstance(after, _BatchNorm) and _is_normalised(layer, after)
-    }
-
-
-def _is_normalised(layer: PadLayer, after: _BatchNorm) -> bool:
-    return len(layer.weight_shape) > 2 and after.num_features == layer.weight_shape[0]
 
 
 def _unique(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
@@ -114,21 +74,27 @@ def set_lr_(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def follow_(optimizer: torch.optim.Optimizer, moved: Sequence[Moved]) -> None:
-    """Follow repacked parameters: surviving entries keep their momentum, newly static ones start without."""
-    groups = [group["params"] for group in optimizer.param_groups]
-    trained = {id(p) for group in groups for p in group}
+    """Follow repacked parameters: surviving entries keep their state, newly static ones take their experts'.
+
+    Without it AdamW, whose correction for a young state counts the parameter's steps, would move them up to six times
+    as far as the others for a hundred steps.
+    """
+    weights, experts = (group["params"] for group in optimizer.param_groups[:2])
+    trained = {id(p) for p in (*weights, *experts)}
     for move in moved:
-        group, place = _held(move.old, groups)
+        group, place = _held(move.old, (weights, experts))
         if place is not None and move.new is not None:
             group[place] = move.new
         elif place is not None:
             del group[place]
         elif move.new is not None and move.new.requires_grad and (move.old is None or id(move.old) in trained):
-            groups[0].append(move.new)  # entries that are the first of their layer to turn static
-        state = optimizer.state.pop(move.old, None) if move.old is not None else None
-        if state is not None and move.new is not None:
-            assert move.old is not None
-            optimizer.state[move.new] = {key: _moved(value, move.old, move.new, move) for key, value in state.items()}
+            weights.append(move.new)  # entries that are the first of their layer to turn static
+        state = optimizer.state.pop(move.old, {}) if move.old is not None else {}
+        joined = {} if move.joined is None else optimizer.state.get(move.joined.experts, {})
+        if move.new is not None and (state or joined):
+            optimizer.state[move.new] = {
+                key: _moved(key, state.get(key), joined.get(key), move) for key in {**joined, **state}
+            }
 
 
 def _held(
@@ -142,9 +108,28 @@ def _held(
     return groups[0], None
 
 
-def _moved(value: Any, old: nn.Parameter, new: nn.Parameter, move: Moved) -> Any:
-    """A state tensor of the parameter's shape moves as the parameter did; a step count stays."""
-    if not isinstance(value, Tensor) or value.shape != old.shape:
-        return value
-    moved = torch.zeros_like(new, dtype=value.dtype)
-    return moved.index_copy(move.dim, move.to, value.index_select(move.dim, move.frm))
+def _moved(key: str, own: Any, experts: Any, move: Moved) -> Any:
+    """State `key` of the new parameter, of the old one's `own` and of the `experts`' that joined it. What has not the
+    parameter's shape, as a step count, stays."""
+    joined = move.joined
+    first, of = (own, move.old) if own is not None or joined is None else (experts, joined.experts)
+    assert move.new is not None
+    if of is None or not isinstance(first, Tensor):
+        return first
+    if first.shape != of.shape:
+        return first.clone()
+    moved = torch.zeros_like(move.new, dtype=first.dtype)
+    if own is not None:
+        moved.index_copy_(move.dim, move.to, own.index_select(move.dim, move.frm))
+    if experts is not None and joined is not None:
+        moved.index_copy_(move.dim, joined.to, _joined(key, experts, joined))
+    return moved
+
+
+def _joined(key: str, experts: Tensor, joined: Joined) -> Tensor:
+    """The state of static entries of that of their experts: means of gradients add up as gradients do; the root mean
+    square of a sum is at most the sum of theirs."""
+    one_each = experts.index_select(joined.dim, joined.frm)
+    if key == "exp_avg_sq":
+        return one_each.sqrt().sum(0).mul(joined.scale).square()
+    return one_each.sum(0).mul(joined.scale)

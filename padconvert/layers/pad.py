@@ -35,10 +35,25 @@ class WeightFacts:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Joined:
+    """Units that turned static: unit `frm` of the `experts`, along their `dim`, is unit `to` of the static parameter.
+
+    The gradient of a static entry is `scale` (λ_s/λ_d) times the sum of its experts' gradients, since Σ_k π_k = 1.
+    """
+
+    experts: nn.Parameter
+    frm: Tensor
+    to: Tensor
+    dim: int
+    scale: Tensor | float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Moved:
     """A parameter that a partition replaced: where the old one's units are in the new one.
 
-    `new[..., to, :] = old[..., frm, :]` along `dim`; an optimizer's state moves the same way.
+    `new[..., to, :] = old[..., frm, :]` along `dim`; an optimizer's state moves the same way. What is new in a static
+    parameter came of the experts `joined` names.
     """
 
     old: nn.Parameter | None
@@ -46,6 +61,7 @@ class Moved:
     frm: Tensor
     to: Tensor
     dim: int
+    joined: Joined | None = None
 
 
 class PadLayer(nn.Module, ABC):
@@ -295,8 +311,14 @@ class PadLayer(nn.Module, ABC):
         view, like = self.view(part), getattr(self, f"{part}_dynamic")
         static, dynamic = view.as_packed(static_NS[new.static]), view.as_packed(dynamic_KDS[:, new.dynamic])
         dim = view.packed_dim
+        turned = torch.isin(new.static, old.dynamic)
+        frm, to = torch.searchsorted(old.dynamic, new.static[turned]), turned.nonzero()[:, 0]
+        static_scale, dynamic_scale = self.scales()
         moved = [
-            self._replace(f"{part}_static", static, like, old.static, new.static, dim=dim),
+            dataclasses.replace(
+                self._replace(f"{part}_static", static, like, old.static, new.static, dim=dim),
+                joined=Joined(like, frm, to, dim + 1, static_scale / dynamic_scale),
+            ),
             self._replace(f"{part}_dynamic", dynamic, like, old.dynamic, new.dynamic, dim=dim + 1),
         ]
         self._register_units(part, new)

@@ -198,7 +198,7 @@ class Train(Section):
     lr: Positive | None
     momentum: BelowOne
     weight_decay: NonNegative
-    expert_lr_scale: NonNegative | None
+    expert_lr_scale: NonNegative
     router_lr_scale: NonNegative
     warmup: Share
     partitioning: Share

@@ -52,7 +52,7 @@ BASE: dict[str, Setting] = {
     "train.optimizer": "adamw",
     "train.distill_weight": 0.0,
     "train.objective": "task",
-    "train.expert_lr_scale": 1.0,  # as the default with AdamW, said so that results keep their terms
+    "train.expert_lr_scale": 1.0,  # as the default, said so that results keep their terms
 }
 
 STATIC = Arm("static", "static")
