@@ -21,6 +21,7 @@ from padconvert.finetune.data.examples import Batch
 from padconvert.finetune.evaluate import evaluate
 from padconvert.finetune.loop import start
 from padconvert.finetune.train import Trainer
+from padconvert.layers.routers.linear import Router
 from padconvert.policy import load_policy
 from padconvert.rewrite import pad_layers
 
@@ -167,6 +168,25 @@ def test_routers_that_read_the_layer_before() -> None:
         x = torch.rand(3, layer.weight_shape[1], 5, 5)
         torch.testing.assert_close(layer.pooled(x), torch.cat([x.mean((2, 3)), *before], 1))
         layer.pooled(own[place][:, :, None, None])
+
+
+def test_standards_follow_the_inputs_of_training_alone() -> None:
+    model, trainer = converted()
+    trainer.set_routers_(model, pad_layers(model))
+    trials.let_standards_follow(model)
+    layer = next(iter(pad_layers(model).values()))
+    router, points = layer.router, 3 + 2 * torch.randn(50, layer.router_channels)
+    assert isinstance(router, Router)
+    assert router.mean is not None
+    assert router.deviation is not None
+    before = router.mean.clone(), router.deviation.clone()
+    router.eval()(points)
+    assert torch.equal(router.mean, before[0])
+    router.train()(points)
+    for now, was, batch in zip(
+        (router.mean, router.deviation), before, (points.mean(0), points.std(0, False)), strict=True
+    ):
+        torch.testing.assert_close(now, was + trials.FOLLOW * (batch - was))
 
 
 def test_noise_leaves_the_mean_of_the_experts() -> None:

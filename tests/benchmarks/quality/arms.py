@@ -16,7 +16,7 @@ class Arm:
 
     Settings under `study.` are ideas that the product does not have (`trials.py`): `grouping`, one of
     `routings.GROUPINGS`; `reads`, one of `trials.READERS`; `noise`, a share; `average`;
-    `new_value`, one of `trials.NEW_VALUES`.
+    `new_value`, one of `trials.NEW_VALUES`; `standards`, whether routers' standardisation follows.
     """
 
     name: str
@@ -67,6 +67,9 @@ DYNAMIC_FAST, PAD_FAST, RANDOM_FAST, CHANNEL_FAST = (
     arm.but(f"{arm.name}, experts' lr × 4", train__expert_lr_scale=4.0) for arm in (DYNAMIC, PAD, RANDOM, CHANNEL)
 )
 
+#: what routers' inputs are standardised by follows the training
+PAD_FOLLOWED = PAD.but("PAD, standardisation follows", study__standards="follow")
+
 #: what `train.optimizer: auto` takes for convolutions
 SGD = tuple(arm.but(f"{arm.name}, SGD", train__optimizer="sgd") for arm in (STATIC, DYNAMIC, PAD, PAD_FAST))
 
@@ -76,7 +79,7 @@ DYNAMIC_GROUPED = DYNAMIC.but("fully dynamic, grouped", **GROUPED)
 PAD_GROUPED = PAD.but("PAD, grouped by the last layer", **GROUPED)
 RANDOM_GROUPED = RANDOM.but("PAD, grouped, random partition", **GROUPED)
 
-LESS_SURE = PAD.but("PAD, less sure", train__top_probability=0.5)
+LESS_SURE, LESS_SURE_FAST = (arm.but(f"{arm.name}, less sure", train__top_probability=0.5) for arm in (PAD, PAD_FAST))
 
 #: what else was tried; the settings say what
 FIRST_IDEAS = (

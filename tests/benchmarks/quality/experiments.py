@@ -12,9 +12,12 @@ from benchmarks.quality.arms import (
     DYNAMIC_GROUPED,
     FIRST_IDEAS,
     FOURTH_IDEAS,
+    LESS_SURE,
+    LESS_SURE_FAST,
     PAD,
     PAD_FAST,
     PAD_FASTER,
+    PAD_FOLLOWED,
     PAD_GROUPED,
     RANDOM,
     RANDOM_FAST,
@@ -49,7 +52,7 @@ class Experiment:
 
 MAIN = (STATIC, DYNAMIC, PAD, RANDOM, CHANNEL)
 
-FASTER = (STATIC, DYNAMIC, DYNAMIC_FAST, PAD, PAD_FASTER, PAD_FAST, RANDOM_FAST, CHANNEL_FAST)
+FASTER = (STATIC, DYNAMIC, DYNAMIC_FAST, PAD, PAD_FASTER, PAD_FAST, LESS_SURE_FAST, RANDOM_FAST, CHANNEL_FAST)
 
 SMALL = ("two domains (16 px", "sensors (16 px", "CIFAR-10 (16 px", "Fashion-MNIST (16 px")
 
@@ -75,7 +78,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "Finished sources, long, experts faster, other seeds",
         "The same with sources from three other seeds.",
         ("two domains (16 px, finished, long)", "CIFAR-10 (16 px, finished, long)"),
-        (STATIC, PAD, PAD_FAST, DYNAMIC_FAST, RANDOM_FAST, CHANNEL_FAST),
+        (STATIC, PAD, PAD_FAST, DYNAMIC_FAST, LESS_SURE_FAST, RANDOM_FAST, CHANNEL_FAST),
         seeds=FRESH,
     ),
     *(
@@ -93,7 +96,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "A published network",
         "One seed: the CIFAR ResNet-20 learns Fashion-MNIST, by AdamW and by SGD.",
         ("ResNet-20 to Fashion-MNIST (16 px)",),
-        (STATIC, PAD, PAD_FAST, *SGD),
+        (STATIC, PAD, LESS_SURE, PAD_FAST, LESS_SURE_FAST, PAD_FOLLOWED, *SGD),
         seeds=(0,),
     ),
     Experiment(

@@ -247,6 +247,8 @@ def _dynamic_(model: nn.Module, run: Run, trainer: Trainer) -> tuple[Plan, Parti
         trainer.set_routers_(model, pad_layers(model))
     else:
         set_aligned_(model, trainer, str(grouping))
+    if run.arm.trial("standards") is not None:
+        trials.let_standards_follow(model)
     new_value = run.arm.trial("new_value")
     made = Partitioner if new_value is None else trials.NEW_VALUES[str(new_value)]
     return plan, made(model, plan) if run.arm.kind == "pad" else None

@@ -19,6 +19,8 @@ from padconvert.rewrite import pad_layers
 #: of `Averaged`: the share of the steps it leaves out (with the default policy the rounds are over by then), and the
 #: weight of the past in a step
 BEGIN, DECAY = 0.7, 0.995
+#: how far a batch moves what a router's inputs are standardised by
+FOLLOW = 0.05
 
 
 # ---- what a router reads -----------------------------------------------------------------------------------------
@@ -86,6 +88,28 @@ READERS: Mapping[str, Callable[[nn.Module], None]] = {
     "deviations": read_deviations_,
     "the layer before": read_the_layer_before_,
 }
+
+
+@torch.no_grad()
+def follow_inputs(router: nn.Module, args: tuple[Tensor]) -> None:
+    """Before a forward in training: what the router's inputs are standardised by moves towards this batch's."""
+    if not router.training:
+        return
+    assert isinstance(router, Router)
+    assert router.mean is not None
+    assert router.deviation is not None
+    deviation_C, mean_C = torch.std_mean(args[0].float().flatten(0, -2), 0, correction=0)
+    router.mean.lerp_(mean_C, FOLLOW)
+    router.deviation.lerp_(torch.where(deviation_C > 1e-6, deviation_C, router.deviation), FOLLOW)
+
+
+def let_standards_follow(model: nn.Module) -> None:
+    """A network that learns another task moves away from the inputs that routers were set by, and their softmax ends
+    with one expert for all."""
+    for layer in pad_layers(model).values():
+        if layer.router is not None:
+            layer.router.register_forward_pre_hook(follow_inputs)
+
 
 # ---- how experts begin -------------------------------------------------------------------------------------------
 
