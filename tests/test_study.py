@@ -15,7 +15,19 @@ from torch import nn
 
 import padconvert
 from benchmarks.quality import aims, data, intervals, nets, report, routings, study, tasks, text, trials
-from benchmarks.quality.arms import BASE, CHANNEL, DYNAMIC, PAD, RANDOM, STATIC, THIRD_IDEAS, Arm, in_policys_words
+from benchmarks.quality.arms import (
+    BASE,
+    CHANNEL,
+    DYNAMIC,
+    FOURTH_IDEAS,
+    PAD,
+    PAD_FOLLOWED,
+    RANDOM,
+    STATIC,
+    THIRD_IDEAS,
+    Arm,
+    in_policys_words,
+)
 from benchmarks.quality.experiments import EXPERIMENTS, Experiment
 from padconvert.finetune.data.examples import Batch
 from padconvert.finetune.evaluate import evaluate
@@ -227,12 +239,13 @@ def test_an_average_is_of_the_last_steps() -> None:
     assert all(float((p - expected).detach().abs().max()) < 1e-6 for p in model.parameters())
 
 
-OWN_IDEAS = [arm for arm in THIRD_IDEAS if any(key.startswith("study.") for key in arm.settings)]
+LISTED = (*THIRD_IDEAS, *FOURTH_IDEAS, PAD_FOLLOWED)
+OWN_IDEAS = [arm for arm in LISTED if any(key.startswith("study.") for key in arm.settings)]
 
 
 @pytest.mark.parametrize("arm", OWN_IDEAS, ids=lambda arm: arm.name)
 def test_an_idea_of_the_studys_own_runs(arm: Arm) -> None:
-    plain = {"static": STATIC, "dynamic": DYNAMIC, "pad": PAD}[arm.kind]
+    plain = Arm("plain", arm.kind, in_policys_words(arm.settings))
     ours, theirs = (study.run_one(study.Run(TINY, each, 0, 0.01), CPU) for each in (arm, plain))
     assert ours["test"]["loss"] != theirs["test"]["loss"]
     reads = arm.trial("reads") is not None

@@ -96,7 +96,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "A published network",
         "One seed: the CIFAR ResNet-20 learns Fashion-MNIST, by AdamW and by SGD.",
         ("ResNet-20 to Fashion-MNIST (16 px)",),
-        (STATIC, PAD, LESS_SURE, PAD_FAST, LESS_SURE_FAST, PAD_FOLLOWED, *SGD),
+        (STATIC, DYNAMIC, PAD, LESS_SURE, PAD_FAST, LESS_SURE_FAST, PAD_FOLLOWED, *SGD),
         seeds=(0,),
     ),
     Experiment(

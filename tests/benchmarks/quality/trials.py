@@ -104,8 +104,7 @@ def follow_inputs(router: nn.Module, args: tuple[Tensor]) -> None:
 
 
 def let_standards_follow(model: nn.Module) -> None:
-    """A network that learns another task moves away from the inputs that routers were set by, and their softmax ends
-    with one expert for all."""
+    """A network that learns another task may move away from the inputs that routers were set by."""
     for layer in pad_layers(model).values():
         if layer.router is not None:
             layer.router.register_forward_pre_hook(follow_inputs)
