@@ -52,8 +52,9 @@ bench: $(STAMP)
 
 # Resumable: each run that is done is a line in tests/benchmarks/quality/results. TASKS='--task "CIFAR-10 (16 px)"'.
 study: $(STAMP)
-	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m benchmarks.quality.study $(if $(MINUTES),--minutes $(MINUTES)) $(TASKS)
-	@PYTHONPATH=tests $(BIN)/python -m benchmarks.quality.report
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m benchmarks.quality.study \
+	  $(if $(MINUTES),--minutes $(MINUTES)) $(TASKS); code=$$?; \
+	  PYTHONPATH=tests $(BIN)/python -m benchmarks.quality.report && exit $$code
 
 lint: $(STAMP)
 	@$(BIN)/ruff check

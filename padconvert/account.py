@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from padconvert.checkpoint.header import Header
 from padconvert.checkpoint.layout import expected_tensors
@@ -203,30 +203,52 @@ def _settled(entry: LayerPlan, model: nn.Module) -> LayerPlan:
 FEWEST_EXAMPLES = 20
 
 
-def verdict(output: Judged, static: Judged | None) -> str:
-    """One plain sentence: did the conversion gain over fine-tuning the static model for the same steps?
+def verdict(output: Judged, static: Judged | None, mends: str = "") -> str:
+    """One plain sentence: did the conversion gain over fine-tuning the static model for the same steps? After a loss,
+    with what `mends` it. How much another training seed would change is not in it."""
+    if static is None or output.right_N is None or static.right_N is None:
+        return ""
+    against = "fine-tuning the static model for the same steps"
+    samples = len(output.right_N)
+    if samples < FEWEST_EXAMPLES:
+        return f"No verdict against {against}: fewer than {FEWEST_EXAMPLES} examples were evaluated, too few to tell."
+    gain, chance = _gain(output.right_N, static.right_N)
+    what = _points(gain, chance, samples)
+    if gain > chance:
+        return f"A gain over {against}: {what}."
+    if gain < -chance:
+        return f"A loss against {against}: {what}. {mends}".rstrip()
+    return f"No gain over {against} that this evaluation could show: {what}."
+
+
+def training_cost(output: Judged, source: Judged, mends: str) -> str:
+    """A warning where the fine-tuned output does worse than the source did, beyond chance, and what mends it."""
+    if output.right_N is None or source.right_N is None or len(output.right_N) < FEWEST_EXAMPLES:
+        return ""
+    gain, chance = _gain(output.right_N, source.right_N)
+    if gain >= -chance:
+        return ""
+    what = _points(gain, chance, len(output.right_N))
+    return f"The output does worse than its source, untrained: {what}. {mends}".rstrip()
+
+
+def _gain(right_N: Tensor, other_N: Tensor) -> tuple[float, float]:
+    """By how much the first has more examples right, as a share, and how much of that chance can be.
 
     Both answered the same examples, so what counts is where they differ: twice the standard error of the mean of the
     examples' differences is chance. One example more for either side is added, so that this is never 0 (Bonett and
-    Price, 2012). How much another training seed would change is not in it.
+    Price, 2012).
     """
-    if static is None or output.right_N is None or static.right_N is None:
-        return ""
-    gain = output.metrics["accuracy"] - static.metrics["accuracy"]
-    against = "fine-tuning the static model for the same steps"
-    apart_N = output.right_N - static.right_N
-    samples = len(apart_N)
-    if samples < FEWEST_EXAMPLES:
-        return f"No verdict against {against}: fewer than {FEWEST_EXAMPLES} examples were evaluated, too few to tell."
-    mean = float(apart_N.sum()) / (samples + 2)
-    variance = (float(apart_N.square().sum()) + 2) / (samples + 2) - mean**2
-    noise = 2 * math.sqrt(variance / (samples + 2))
-    what = f"{abs(100 * gain):.2f} points on {samples} examples, where ±{100 * noise:.2f} is chance"
-    if gain > noise:
-        return f"A gain over {against}: +{what}."
-    if gain < -noise:
-        return f"A loss against {against}: −{what}."
-    return f"No gain over {against} that this evaluation could show: {'+' if gain >= 0 else '−'}{what}."
+    apart_N = right_N - other_N
+    samples = len(apart_N) + 2
+    mean = float(apart_N.sum()) / samples
+    variance = (float(apart_N.square().sum()) + 2) / samples - mean**2
+    return float(apart_N.mean()), 2 * math.sqrt(variance / samples)
+
+
+def _points(gain: float, chance: float, samples: int) -> str:
+    sign = "+" if gain >= 0 else "−"
+    return f"{sign}{abs(100 * gain):.2f} points on {samples} examples, where ±{100 * chance:.2f} is chance"
 
 
 def card_lines(measured: Comparison | None, routers: Sequence[RouterUse], task: str | None) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ from padconvert.walk.info import Walk
 from padconvert.walk.probe import ProbeSpec
 
 SUFFIX = ".pad.safetensors"
-#: passes over the training data with which conversions of finished networks gained, in docs/results.md
+#: passes over the training data from which conversions of finished networks gained on all tasks of docs/results.md
 PASSES_THAT_PAID = 14
 
 
@@ -97,7 +97,7 @@ def convert(
         route=plan.route,
         seed=options.seed,
         timing=clock.laps,
-        warnings=(*why_not, *collapse_warnings(made.trained.routers)),
+        warnings=(*why_not, *made.trained.warnings, *collapse_warnings(made.trained.routers)),
         notes=_notes(opened, resolved, plan, walked, data),
         plan_file=_name(options.plan_out),
         history=tuple(made.trained.history),
@@ -230,7 +230,9 @@ def _plan(
     if route == "trained" and not opened.goes_on:
         check_rounds(policy)
     if options.max_accuracy_drop is not None:
-        _check_measurable(data)
+        _check_measurable(data, "--max-accuracy-drop", accuracy=True)
+    if options.compare or (route == "trained" and policy.train.compare):
+        _check_measurable(data, "--compare", accuracy=False)
     if options.plan is not None:
         plan = read_plan(options.plan)
         check_plan_fits(plan, walked, opened.sha256)
@@ -252,15 +254,16 @@ def _check_trains(route: Route, options: ConvertOptions, why_not: str | None) ->
         raise UsageError(f"{asked[0]}: nothing is trained in this run. {why_not or 'Name training data with --data.'}")
 
 
-def _check_measurable(data: Data | None) -> None:
-    """Raises UsageError unless there is evaluation data with class labels."""
+def _check_measurable(data: Data | None, option: str, *, accuracy: bool) -> None:
+    """Raises UsageError unless there is evaluation data with labels; of classes, where it is for an `accuracy`."""
     assert data is not None, "something is trained"
     if data.eval is None:
-        raise UsageError("--max-accuracy-drop: nothing is held out to measure on; name --eval-data or data.holdout.")
+        raise UsageError(f"{option}: nothing is held out to measure on; name --eval-data or data.holdout.")
     labels = data.eval.batch(torch.zeros(1, dtype=torch.int64)).labels
-    if labels is None or labels.is_floating_point():
-        what = "no labels" if labels is None else "numbers for labels, not classes"
-        raise UsageError(f"--max-accuracy-drop: the evaluation data has {what}, so there is no accuracy to measure.")
+    if labels is None:
+        raise UsageError(f"{option}: the evaluation data has no labels, so there is nothing to measure. Name some.")
+    if accuracy and labels.is_floating_point():
+        raise UsageError(f"{option}: the evaluation data has numbers for labels, not classes, so there is no accuracy.")
 
 
 def _planned_gates(opened: Opened, plan: Plan, options: ConvertOptions, data: Data | None) -> tuple[Gate, ...]:
@@ -338,8 +341,8 @@ def _few_passes(plan: Plan, data: Data | None) -> list[str]:
     if passes >= PASSES_THAT_PAID:
         return []
     return [
-        f"{train.steps} steps show each training example {passes:.2g} times; of networks trained to their end, those "
-        f"seen to gain over the static one saw each {PASSES_THAT_PAID} times or more (docs/results.md; --steps)"
+        f"{train.steps} steps show each training example {passes:.2g} times. Of networks trained to their end most "
+        f"gained on the static one only where they saw each {PASSES_THAT_PAID} times or more (docs/results.md; --steps)"
     ]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import padconvert
-from padconvert.account import verdict
+from padconvert.account import training_cost, verdict
 from padconvert.errors import UsageError
 from padconvert.finetune.data.sources import Data, checksum
 from padconvert.finetune.evaluate import Judged
@@ -24,7 +24,7 @@ from padconvert.load.opened import Opened
 from padconvert.options import ConvertOptions
 from padconvert.partition import Partitioner
 from padconvert.plan import Plan, plan_to_json
-from padconvert.policy import settings_of
+from padconvert.policy import Train, settings_of
 from padconvert.precision import restore_dtypes_, upcast_
 from padconvert.progress import Progress
 from padconvert.results import Comparison, RouterUse
@@ -36,6 +36,7 @@ class Trained:
     comparison: Comparison | None = None
     history: Sequence[dict[str, float]] = ()
     routers: tuple[RouterUse, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def train_(
@@ -51,7 +52,7 @@ def train_(
     source = upcast_(copy.deepcopy(opened.module))
     work_dir = _work_dir(opened, plan, data, options)
     trainer = Trainer.of(plan.policy, data, source, options.seed, device, progress, work_dir)
-    before = trainer.judged(source).metrics
+    before = trainer.judged(source)
     static, full = _controls(trainer, source, model, opened, options)
     progress.stage("train")
     if not opened.goes_on:
@@ -61,11 +62,24 @@ def train_(
     stored = _as_stored(model, opened.module)
     after = trainer.judged(stored)
     routers = router_use(stored, data.eval or data.train, plan.policy.train.batch_size, device)
-    compared = None
-    if before:
-        fine_tuned, whole = (each.metrics if each is not None else None for each in (static, full))
-        compared = Comparison(before, after.metrics, fine_tuned, whole, verdict(after, static))
-    return Trained(compared, history, routers)
+    if not before.metrics:
+        return Trained(None, history, routers)
+    fine_tuned, whole = (each.metrics if each is not None else None for each in (static, full))
+    mends = what_mends(plan.policy.train)
+    said = verdict(after, static, mends)
+    cost = training_cost(after, before, "" if mends in said else mends)
+    compared = Comparison(before.metrics, after.metrics, fine_tuned, whole, said)
+    return Trained(compared, history, routers, (cost,) if cost else ())
+
+
+def what_mends(train: Train) -> str:
+    """What to try where the output does worse than the static control: what did it in the study (docs/results.md)."""
+    tries = [f"a lower learning rate (--lr, now {train.lr:g})"]
+    if train.expert_lr_scale > 1:
+        tries.insert(0, "experts that learn as fast as the rest (--set train.expert_lr_scale=1)")
+    if train.top_probability is not None:
+        tries.insert(0, "routers that start less sure (--set train.top_probability=null)")
+    return f"Try {', '.join(tries[:-1])}{' or ' if tries[:-1] else ''}{tries[-1]}."
 
 
 def _as_stored(model: nn.Module, source: nn.Module) -> nn.Module:

@@ -124,7 +124,7 @@ class RouterUse:
     `usage` is the share of choices that fell on each expert (top-k), or its mean routing weight (all mixed). Entropies
     are fractions of the highest, log K: of `usage`, 1 where all experts are used alike; of a single token's (sample's)
     routing weights, 0 where one expert decides. `starved` counts experts with less than `STARVED` of an even share;
-    `collapsed`: `usage_entropy` is below `COLLAPSED`.
+    `collapsed`: `usage_entropy` is below `COLLAPSED`; neither is told from a handful of tokens.
     """
 
     layer: str

@@ -238,7 +238,7 @@ def test_a_short_fine_tune_is_called_one(steps: int, short: bool, folder: Path, 
     asked = replace(options(folder, tmp_path / "out", steps=steps), data=(str(tmp_path / "few.npz"),))
     done = convert(folder / "model.pt", asked)
     said = [note for note in done.notes if "show each training example" in note]
-    assert [note.split(";")[0] for note in said] == (["5 steps show each training example 5 times"] if short else [])
+    assert [note.split(". ")[0] for note in said] == (["5 steps show each training example 5 times"] if short else [])
     assert not any("show each" in note for note in convert(folder / "model.pt", ConvertOptions(dry_run=True)).notes)
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from padconvert.errors import UsageError, VerificationError
-from padconvert.finetune.data.examples import TensorExamples
+from padconvert.finetune.data.examples import Batch, TensorExamples
 from padconvert.finetune.data.preparation import Preparation, Prepared
 from padconvert.finetune.data.sources import Data
-from padconvert.finetune.loop import Run, Setting, finetune_, start
+from padconvert.finetune.loop import Run, Setting, _blame, finetune_, start
 from padconvert.finetune.optimizer import follow_, make_optimizer, set_lr_
 from padconvert.finetune.phases import Phases
 from padconvert.finetune.train import Trainer, check_rounds
@@ -99,7 +101,7 @@ def trained(data: Data, **settings: object) -> tuple[Net, nn.Module, Plan, list[
 
 def test_training_lowers_the_loss_and_splits_the_experts() -> None:
     data = examples()
-    source, model, plan, history = trained(data, **{"train.steps": 60})
+    source, model, plan, history = trained(data, **{"train.steps": 60, "train.lr": 0.01})
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     rounds = [(entry["step"], entry["ratio"]) for entry in history if "round" in entry]
@@ -154,6 +156,18 @@ def test_without_labels_distillation_trains_on_augmented_inputs() -> None:
 def test_a_loss_that_is_not_finite_names_its_layer() -> None:
     with pytest.raises(VerificationError, match=r"not finite at step \d+, first seen in (parameter|the output)"):
         trained(examples(), **{"train.lr": 1e30})
+
+
+def test_a_loss_that_is_not_finite_is_traced_to_where_that_began() -> None:
+    net, images = Net(), torch.zeros(2, 1, 6, 6)
+    at = cast(Run, SimpleNamespace(model=net, step=4))
+    with torch.no_grad():
+        net.b.bias.fill_(3e38)
+        net.head.weight.fill_(3.0)
+    assert "at step 5, first seen in the output of layer 'head'" in _blame(at, Batch(images, None))
+    with torch.no_grad():
+        net.b.bias.fill_(float("inf"))
+    assert "at step 5, first seen in parameter 'b.bias'" in _blame(at, Batch(images, None))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from padconvert.layers.build import Static, build_layer, upcycle
 from padconvert.layers.conv import PadConv1d, PadConv2d
-from padconvert.layers.kmeans import separation
+from padconvert.layers.kmeans import separation, usual_top_probability
 from padconvert.layers.linear import PadLinear
 from padconvert.layers.packed import Units, assemble, pack_bits, unpack_bits
 from padconvert.layers.pad import PadLayer
@@ -272,6 +272,18 @@ def test_kmeans_routing_separates_clusters_at_the_wanted_sharpness(wanted: float
     top = routing.argmax(-1).view(4, 100)
     assert len({int(row.mode().values) for row in top}) == 4
     assert all(int((row == row.mode().values).sum()) >= 95 for row in top)
+
+
+@pytest.mark.parametrize(("experts", "expected"), [(2, 2 / 3), (4, 0.5), (8, 5 / 12)])
+def test_a_first_routing_is_as_sure_of_two_experts_as_of_eight(experts: int, expected: float) -> None:
+    """A third of the way from even to certain: with a number for all, two experts would begin, and stay, even."""
+    assert usual_top_probability(experts) == pytest.approx(expected)
+    assert usual_top_probability(experts, top_k=2) == 0.8
+    generator = torch.Generator().manual_seed(0)
+    points_NC = torch.randn(500, 3, generator=generator)
+    router = linear.Router(3, experts)
+    router.initialise_(points_NC, generator)
+    assert float(router(points_NC).detach().amax(-1).mean()) == pytest.approx(expected, abs=1e-3)
 
 
 def test_kmeans_of_equal_points_is_no_error() -> None:

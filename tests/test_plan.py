@@ -420,6 +420,15 @@ def test_a_plan_is_read_strictly(path: tuple[str | int, ...], value: object, exp
         plan_from_json(edited(planned(partition__scope="layer"), *path, value=value))
 
 
+def test_routers_begin_surer_than_even() -> None:
+    """With two experts, 0.5 is even routing: no expert would ever differ."""
+    with pytest.raises(PolicyError, match=r"train\.top_probability: with 2 experts it is above 0\.5, where all are"):
+        planned(train__top_probability=0.5, defaults__num_experts=2)
+    planned(train__top_probability=0.5, defaults__num_experts=2, defaults__router="mlp")  # reads no data
+    planned(train__top_probability=0.5, defaults__num_experts=3)
+    planned(defaults__num_experts=2)
+
+
 def test_a_plan_must_fit_its_source() -> None:
     plan = replace(planned(), source_sha256="a" * 64)
     check_plan_fits(plan, NET, "a" * 64)

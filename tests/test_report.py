@@ -20,8 +20,10 @@ from rich.console import Console
 from scipy.stats import sem
 
 import report_cases as cases
-from padconvert.account import card_lines, verdict
+from padconvert.account import card_lines, training_cost, verdict
 from padconvert.finetune.evaluate import Judged
+from padconvert.neighbours import what_mends
+from padconvert.policy import load_policy
 from padconvert.report import json_document, numbers, terminal
 from padconvert.report.html import page
 from padconvert.report.layers_table import layers_table
@@ -441,8 +443,34 @@ def test_a_verdict_knows_chance(only_output: int, only_static: int, samples: int
     output, static = torch.ones(2, samples, dtype=torch.float64)
     static[:only_output] = 0
     output[samples - only_static :] = 0
-    found = verdict(*(Judged({"accuracy": float(right_N.mean())}, right_N) for right_N in (output, static)))
-    assert found.startswith(said.replace("S", "fine-tuning the static model for the same steps", 1))
+    ours, control = (Judged({"accuracy": float(right_N.mean())}, right_N) for right_N in (output, static))
+    assert verdict(ours, control).startswith(said.replace("S", "fine-tuning the static model for the same steps", 1))
+
+
+def test_after_a_loss_a_verdict_says_what_to_try() -> None:
+    worse, better = torch.zeros(40, dtype=torch.float64), torch.ones(40, dtype=torch.float64)
+    lost, won = (Judged({"accuracy": float(right_N.mean())}, right_N) for right_N in (worse, better))
+    train = load_policy(overrides={"train.lr": 0.003}).policy.train
+    assert verdict(lost, won, what_mends(train)).endswith("is chance. Try a lower learning rate (--lr, now 0.003).")
+    assert "Try" not in verdict(won, lost, what_mends(train))
+    tried = load_policy(overrides={"train.lr": 0.003, "train.expert_lr_scale": 4, "train.top_probability": 0.9})
+    assert what_mends(tried.policy.train) == (
+        "Try routers that start less sure (--set train.top_probability=null), experts that learn as fast as the rest "
+        "(--set train.expert_lr_scale=1) or a lower learning rate (--lr, now 0.003)."
+    )
+
+
+def test_an_output_worse_than_its_source_is_warned_of() -> None:
+    """38 of 40 against 40 is within chance, 30 is not: (12 / 42 − (10 / 42)²) / 42, its root doubled, is 14.77 %."""
+    whole, some, fewer = (torch.ones(40, dtype=torch.float64) for _ in range(3))
+    some[:2], fewer[:10] = 0, 0
+    source = Judged({"accuracy": 1.0}, whole)
+    assert training_cost(Judged({"accuracy": 0.95}, some), source, "Try.") == ""
+    assert training_cost(Judged({"accuracy": 0.75}, fewer), source, "Try.") == (
+        "The output does worse than its source, untrained: −25.00 points on 40 examples, where ±14.77 is chance. Try."
+    )
+    assert training_cost(Judged({"accuracy": 0.75}, fewer[:19]), Judged({"accuracy": 1.0}, whole[:19]), "Try.") == ""
+    assert training_cost(Judged({"mse": 1.0}), Judged({"mse": 0.5}), "Try.") == ""
 
 
 def test_a_verdicts_chance_is_that_of_pairs() -> None:

@@ -300,16 +300,44 @@ def test_differences_are_taken_pair_by_pair(tmp_path: Path) -> None:
     assert found.mean == pytest.approx(1.5)
 
 
-def test_arms_from_two_sources_are_refused(tmp_path: Path) -> None:
+def test_arms_from_two_sources_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = study.Run(TINY, PAD, 0, 0.01)
     results = study.Results(tmp_path)
-    study.check_source(run, results, CPU)
+    assert study.other_source(run, results, CPU) == ""
     results.add(study.Run(TINY, STATIC, 0, 0.01), {"source_test": study._source_test(TINY, 0, CPU)})
     results.add(study.Run(TINY, STATIC, 1, 0.01), result(0.5, 0.5))  # another seed
-    study.check_source(run, results, CPU)
+    assert study.other_source(run, results, CPU) == ""
     results.add(study.Run(TINY, DYNAMIC, 0, 0.01), result(0.5, 0.5))
-    with pytest.raises(SystemExit, match="tiny, seed 0: this machine has trained another source"):
-        study.check_source(run, results, CPU)
+    assert "tiny, seed 0: left out. This machine has trained another" in study.other_source(run, results, CPU)
+    # said once, and the rest is run
+    todo = [run, study.Run(TINY, CHANNEL, 0, 0.01), study.Run(TINY, PAD, 2, 0.01)]
+    assert study.run_all(iter(todo), results, CPU, 600) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("left out") == 1
+    assert captured.out.startswith("tiny · PAD · seed 2")
+    assert (results.of(run), results.of(todo[2]) is None) == (None, False)
+
+
+def test_a_study_ends_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+
+    def interrupted(*_: object) -> study.Result:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "EXPERIMENTS", LIST)
+    monkeypatch.setattr(study, "run_one", interrupted)
+    assert study.main([]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert study.main(["--minutes", "0"]) == 0
+    assert "out of time" in capsys.readouterr().err
+    monkeypatch.setattr(study, "EXPERIMENTS", ())
+    assert study.main([]) == 0
+    assert "nothing left to run" in capsys.readouterr().err
+    (tmp_path / "cut.jsonl").write_text('{"task": "a"}\n{"tas', encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"cut\.jsonl, line 2 is cut off"):
+        study.main([])
 
 
 def test_a_source_that_is_kept_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,7 +223,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
 def training(tmp_path: Path, *more: object) -> list[object]:
     train, held = reviews(tmp_path / "train.tsv", 160, 0), reviews(tmp_path / "dev.tsv", 60, 1)
     words: list[object] = ["--data", train, "--eval-data", held, "--task", "glue/sst2", "--steps", 40, "--lr", 5e-3]
-    return [*words, "--batch-size", 16, "--set", "train.optimizer=adamw", "--set", "partition.rounds=2", *more]
+    return [*words, "--batch-size", 16, "--set", "partition.rounds=2", *more]
 
 
 @pytest.mark.parametrize("granularity", ["element", "neuron"])

@@ -67,14 +67,16 @@ def test_of_mixed_experts_it_is_the_mean_weight() -> None:
 
 
 def test_a_collapsed_router_and_starved_experts_are_named() -> None:
-    x = torch.tensor([[1.0, 0.0]] * 8)
+    x = torch.tensor([[1.0, 0.0]] * 20)
     (gone,) = router_use(network([[9.0, 0.0], [0.0, 9.0]], top_k=1), TensorExamples(x), 4, CPU)
     assert (gone.usage, gone.starved, gone.collapsed) == ((1.0, 0.0), 1, True)
     assert "1 of 1 routers have collapsed" in collapse_warnings((gone,))[0]
     even = [[9.0, 0.0], [0.0, 9.0], [-9.0, -9.0]]
-    (starved,) = router_use(network(even, top_k=1), TensorExamples(torch.eye(2).repeat(4, 1)), 4, CPU)
+    (starved,) = router_use(network(even, top_k=1), TensorExamples(torch.eye(2).repeat(15, 1)), 4, CPU)
     assert (starved.starved, starved.collapsed) == (1, False)
     assert "1 experts get less than 5%" in collapse_warnings((starved,))[0]
+    (few,) = router_use(network([[9.0, 0.0], [0.0, 9.0]], top_k=1), TensorExamples(x[:19]), 4, CPU)
+    assert (few.usage, few.starved, few.collapsed) == ((1.0, 0.0), 0, False)
 
 
 def test_padding_counts_for_nothing() -> None:

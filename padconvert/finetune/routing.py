@@ -24,7 +24,7 @@ def set_routers_(
     layers: Mapping[str, PadLayer],
     forwards: Iterable[Callable[[], object]],
     seed: int,
-    top_probability: float,
+    top_probability: float | None,
 ) -> None:
     """Initialise every router from what its layer sees during `forwards` (eval mode, no gradient).
 

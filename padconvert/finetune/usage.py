@@ -18,6 +18,8 @@ from padconvert.walk.quiet import evaluating
 
 #: examples that the routers are watched on
 SAMPLES = 1024
+#: for each expert, below which nobody is called starved or collapsed
+FEWEST_TOKENS = 10
 
 
 def router_use(model: nn.Module, examples: Examples, batch_size: int, device: torch.device) -> tuple[RouterUse, ...]:
@@ -56,14 +58,16 @@ class _Total:
         share_K = self.used / self.used.sum()
         experts = len(share_K)
         balance = float(torch.special.entr(share_K).sum()) / math.log(experts)
-        starved = int((share_K < STARVED / experts).sum())
+        # how a handful of tokens is spread says nothing
+        judged = self.tokens >= FEWEST_TOKENS * experts
+        starved = int((share_K < STARVED / experts).sum()) if judged else 0
         return RouterUse(
             layer=name,
             usage=tuple(round(float(value), 6) for value in share_K),
             usage_entropy=balance,
             routing_entropy=self.entropy / self.tokens / math.log(experts),
             starved=starved,
-            collapsed=balance < COLLAPSED,
+            collapsed=judged and balance < COLLAPSED,
         )
 
 
@@ -75,12 +79,12 @@ def collapse_warnings(uses: tuple[RouterUse, ...]) -> list[str]:
         lines.append(
             f"{len(collapsed)} of {len(uses)} routers have collapsed (the entropy of their experts' usage is below "
             f"{COLLAPSED} of the highest), first {collapsed[0].layer}: most experts are hardly used. "
-            "Raise train.balance_weight, or lower train.router_lr_scale"
+            "Lower train.router_lr_scale, or raise train.balance_weight (where top_k is not 0)"
         )
     starved = [use for use in uses if use.starved and not use.collapsed]
     if starved:
         lines.append(
             f"{sum(use.starved for use in starved)} experts get less than {STARVED:.0%} of an even share, first "
-            f"in {starved[0].layer}. Raise train.balance_weight, or take fewer experts"
+            f"in {starved[0].layer}. Take fewer experts, or raise train.balance_weight (where top_k is not 0)"
         )
     return lines

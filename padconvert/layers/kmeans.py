@@ -87,6 +87,19 @@ def balancing_bias(logits_NK: Tensor, top_k: int, rounds: int = 200) -> Tensor:
     return best
 
 
+#: how sure of an expert a first routing is where all are mixed, from 0, all alike, to 1, one alone. Surer ones (0.73)
+#: gained a little more where inputs come from several domains, and cost a published network more than a point
+#: (docs/results.md)
+SURENESS = 1 / 3
+#: the mean top probability where some are chosen (top-k)
+OF_CHOSEN = 0.8
+
+
+def usual_top_probability(num_experts: int, top_k: int = 0) -> float:
+    """The mean highest weight of K experts in a first routing: 1/K + s · (1 − 1/K), s = `SURENESS`; or `OF_CHOSEN`."""
+    return OF_CHOSEN if top_k else (1 + SURENESS * (num_experts - 1)) / num_experts
+
+
 def sharpness(logit_NK: Tensor, top_probability: float, highest: float = 1e4) -> float:
     """The factor s for which softmax(s · logits) has a mean top probability of `top_probability`.
 

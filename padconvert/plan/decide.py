@@ -76,21 +76,21 @@ def verdicts(
     return decided_as_blocks(single, resolved)
 
 
-#: learning rates where the policy leaves them open
-RATES = {"sgd": 0.01, "adamw": 2e-5}
+#: learning rates where the policy leaves them open: those that fine-tunes of real networks bore (docs/results.md), and
+#: of transformers the usual one
+RATES = {"sgd": 0.01, "adamw": 3e-4}
+RATE_OF_BLOCKS = 2e-5
 
 
 def in_force(policy: Policy, route: Route, *, has_blocks: bool) -> tuple[Policy, list[str]]:
     """The policy with what it leaves to the network (`has_blocks`: with feed-forward blocks) and to the route said.
 
-    Transformers are trained by AdamW. Without data nothing but the weights can be scored, layer by layer.
+    Without data nothing but the weights can be scored, layer by layer.
     """
-    optimizer = policy.train.optimizer
-    if optimizer == "auto":
-        optimizer = "adamw" if has_blocks else "sgd"
-    rate = RATES[optimizer] if policy.train.lr is None else policy.train.lr
-    train = policy.train.model_copy(update={"optimizer": optimizer, "lr": rate})
-    policy = policy.model_copy(update={"train": train})
+    if policy.train.lr is None:
+        optimizer = policy.train.optimizer
+        rate = RATE_OF_BLOCKS if has_blocks and optimizer == "adamw" else RATES[optimizer]
+        policy = policy.model_copy(update={"train": policy.train.model_copy(update={"lr": rate})})
     wanted = policy.partition
     if route == "trained" or (wanted.score, wanted.scope) == ("magnitude", "layer"):
         return policy, []
@@ -139,6 +139,7 @@ def _choice(info: LayerInfo, resolved: Resolved, rule: int | None, has_blocks: b
         top_k=settings.top_k if is_linear else 0,
         group=info.group if found.level == "ffn" else "",
     )
+    _check_sureness(choice, resolved)
     fault = choice_fault(info, choice)
     if fault is not None:
         key, text = fault
@@ -146,6 +147,16 @@ def _choice(info: LayerInfo, resolved: Resolved, rule: int | None, has_blocks: b
             text += ", or ask for it in the blocks alone with --set ffn.granularity=neuron"
         raise PolicyError(f"{with_origin(found.path(key), resolved.origins)}: {text} (layer {info.name})")
     return choice
+
+
+def _check_sureness(choice: LayerChoice, resolved: Resolved) -> None:
+    """Raises PolicyError where routers are to start less sure than even routing is: no expert would ever differ."""
+    wanted, even = resolved.policy.train.top_probability, 1 / choice.num_experts
+    if choice.router == "linear" and wanted is not None and wanted <= even:
+        where = with_origin("train.top_probability", resolved.origins)
+        raise PolicyError(
+            f"{where}: with {choice.num_experts} experts it is above {even:.4g}, where all are used alike"
+        )
 
 
 def choice_fault(info: LayerInfo, choice: LayerChoice) -> tuple[str, str] | None:

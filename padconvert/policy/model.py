@@ -194,18 +194,18 @@ class Partition(Section):
 class Train(Section):
     steps: Count
     batch_size: Count
-    optimizer: Literal["auto", "sgd", "adamw"]
+    optimizer: Literal["adamw", "sgd"]
     lr: Positive | None
     momentum: BelowOne
     weight_decay: NonNegative
-    expert_lr_scale: NonNegative
+    expert_lr_scale: Positive
     router_lr_scale: NonNegative
     warmup: Share
     partitioning: Share
     what: Literal["all", "converted"]
     objective: Literal["auto", "task", "distill", "both"]
     distill_weight: NonNegative
-    top_probability: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+    top_probability: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None
     temperature_start: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     balance_weight: NonNegative
     z_weight: NonNegative

@@ -51,9 +51,9 @@ class RouterModule(nn.Module, ABC):
         """[..., C] → routing weights [..., K], in the dtype of `pooled`."""
 
     @abstractmethod
-    def initialise_(self, pooled_NC: Tensor | None, generator: Generator, top_probability: float = 0.8) -> None:
+    def initialise_(self, pooled_NC: Tensor | None, generator: Generator, top_probability: float | None = None) -> None:
         """Set from the layer's own inputs, or without data. `top_probability`: how sure it is of an expert at first,
-        the mean over the inputs of the highest routing weight."""
+        the mean over the inputs of the highest routing weight; None: `kmeans.usual_top_probability`."""
 
     @abstractmethod
     def anneal_(self, progress: float, start: float) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor, nn
 
-from padconvert.layers.kmeans import balancing_bias, kmeans, sharpness
+from padconvert.layers.kmeans import balancing_bias, kmeans, sharpness, usual_top_probability
 from padconvert.layers.routers import RouterModule
 
 
@@ -38,7 +38,7 @@ class Router(RouterModule):
         return self.share(nn.functional.linear(pooled, weight, bias))
 
     @torch.no_grad()
-    def initialise_(self, pooled_NC: Tensor | None, generator: Generator, top_probability: float = 0.8) -> None:
+    def initialise_(self, pooled_NC: Tensor | None, generator: Generator, top_probability: float | None = None) -> None:
         """Set by k-means of `pooled_NC`, with top-k so that experts are chosen equally often; or at random (scale 1/√C)
         without it."""
         if pooled_NC is None:
@@ -57,7 +57,8 @@ class Router(RouterModule):
         logits_NK = standard_NC @ weight_KC.T + bias_K
         if self.top_k:
             bias_K = bias_K + balancing_bias(logits_NK, self.top_k)
-        scale = sharpness(standard_NC @ weight_KC.T + bias_K, top_probability)
+        wanted = usual_top_probability(len(bias_K), self.top_k) if top_probability is None else top_probability
+        scale = sharpness(standard_NC @ weight_KC.T + bias_K, wanted)
         self.weight.copy_(scale * weight_KC)
         self.bias.copy_(scale * bias_K)
         self.mean = mean_C.to(self.weight)

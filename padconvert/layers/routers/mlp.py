@@ -43,7 +43,7 @@ class Router(RouterModule):
         return self.share(logits if self.temperature is None else logits / self.temperature)
 
     @torch.no_grad()
-    def initialise_(self, pooled_NC: Tensor | None, generator: Generator, top_probability: float = 0.8) -> None:
+    def initialise_(self, pooled_NC: Tensor | None, generator: Generator, top_probability: float | None = None) -> None:
         """Seeded Kaiming weights, zero biases; the inputs are not needed."""
         del pooled_NC, top_probability
         for layer in (self.reduce, self.expand):

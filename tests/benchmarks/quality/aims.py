@@ -8,13 +8,17 @@ from statistics import fmean
 
 from benchmarks.quality.arms import (
     CHANNEL,
-    CHANNEL_FAST,
+    CHANNEL_LESS_SURE_FAST,
     DYNAMIC,
     DYNAMIC_FAST,
+    DYNAMIC_LESS_SURE,
+    DYNAMIC_LESS_SURE_FAST,
+    LESS_SURE,
+    LESS_SURE_FAST,
     PAD,
     PAD_FAST,
     RANDOM,
-    RANDOM_FAST,
+    RANDOM_LESS_SURE_FAST,
     STATIC,
     Arm,
 )
@@ -50,27 +54,35 @@ class Aim:
 SEVERAL = tuple(f"{name} (16 px, finished, long)" for name in ("two domains", "sensors"))
 ONE = tuple(f"{name} (16 px, finished, long)" for name in ("CIFAR-10", "Fashion-MNIST"))
 
-#: what is tried on pictures: PAD, and its neighbours with the same rate of the experts
-AT_4 = (PAD_FAST, DYNAMIC_FAST, RANDOM_FAST, CHANNEL_FAST, ", experts' lr × 4")
-AT_1 = (PAD, DYNAMIC, RANDOM, CHANNEL, "")
-BOTH = (AT_1, AT_4)
+#: PAD on pictures, and its neighbours with the same routers and rate of the experts: the default, and three others
+WAYS = (
+    (LESS_SURE, DYNAMIC_LESS_SURE, ""),
+    (LESS_SURE_FAST, DYNAMIC_LESS_SURE_FAST, ", × 4"),
+    (PAD, DYNAMIC, ", surer"),
+    (PAD_FAST, DYNAMIC_FAST, ", surer, × 4"),
+)
+PARTITIONS = (
+    (LESS_SURE_FAST, RANDOM_LESS_SURE_FAST, CHANNEL_LESS_SURE_FAST, ", × 4"),
+    (PAD, RANDOM, CHANNEL, ", surer"),
+)
+PICTURES = (*SEVERAL, *ONE)
 
 AIMS: tuple[Aim, ...] = (
-    *(Aim(f"several domains, PAD over static{said}", SEVERAL, pad, STATIC, 2.0) for pad, *_, said in BOTH),
-    *(Aim(f"several domains, PAD over fully dynamic{said}", SEVERAL, pad, full, 0.0) for pad, full, *_, said in BOTH),
+    *(Aim(f"several domains, PAD over static{said}", SEVERAL, pad, STATIC, 2.0) for pad, _, said in WAYS),
+    *(Aim(f"several domains, PAD over fully dynamic{said}", SEVERAL, pad, full, 0.0) for pad, full, said in WAYS),
     *(
         Aim(f"several domains, PAD over a random partition{said}", SEVERAL, pad, random, 0.5)
-        for pad, _, random, _, said in BOTH
+        for pad, random, _, said in PARTITIONS
     ),
-    *(Aim(f"one domain, PAD over static{said}", ONE, pad, STATIC, 1.0) for pad, *_, said in BOTH),
-    *(Aim(f"one domain, PAD over fully dynamic{said}", ONE, pad, full, 0.7) for pad, full, *_, said in BOTH),
-    Aim("texts, PAD over static", TEXTS, PAD, STATIC, 0.0, mean=True),
-    Aim("texts, PAD over fully dynamic", TEXTS, PAD, DYNAMIC, 1.9, mean=True),
-    Aim("all, PAD over a random partition", (*SEVERAL, *ONE, *TEXTS), PAD, RANDOM, 0.3, mean=True),
-    Aim("pictures, PAD over a random partition, experts' lr × 4", (*SEVERAL, *ONE), PAD_FAST, RANDOM_FAST, 0.3, True),
+    *(Aim(f"one domain, PAD over static{said}", ONE, pad, STATIC, 1.0) for pad, _, said in WAYS),
+    *(Aim(f"one domain, PAD over fully dynamic{said}", ONE, pad, full, 0.7) for pad, full, said in WAYS),
+    Aim("texts, PAD over static, surer", TEXTS, PAD, STATIC, 0.0, mean=True),
+    Aim("texts, PAD over fully dynamic, surer", TEXTS, PAD, DYNAMIC, 1.9, mean=True),
+    Aim("all, PAD over a random partition, surer", (*PICTURES, *TEXTS), PAD, RANDOM, 0.3, mean=True),
+    Aim("pictures, PAD over a random partition, × 4", PICTURES, LESS_SURE_FAST, RANDOM_LESS_SURE_FAST, 0.3, True),
     *(
-        Aim(f"pictures, `channel` over `element`{said}", (*SEVERAL, *ONE), channel, pad, -0.3)
-        for pad, _, _, channel, said in BOTH
+        Aim(f"pictures, `channel` over `element`{said}", PICTURES, channel, pad, -0.3)
+        for pad, _, channel, said in PARTITIONS
     ),
 )
 

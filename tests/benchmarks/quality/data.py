@@ -41,7 +41,12 @@ class Splits:
 
 def folder() -> Path:
     """Where the data lie: `PADCONVERT_DATA`, or `../shared/data` beside the repository."""
-    return Path(os.environ.get("PADCONVERT_DATA") or Path(__file__).resolve().parents[4] / "shared" / "data")
+    found = Path(os.environ.get("PADCONVERT_DATA") or Path(__file__).resolve().parents[4] / "shared" / "data")
+    if not found.is_dir():
+        raise SystemExit(
+            f"there are no data at {found}: name their folder with PADCONVERT_DATA (docs/results.md says what)"
+        )
+    return found
 
 
 def splits(train: Pictures, test: Pictures) -> Splits:

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 from benchmarks.quality.arms import (
     CHANNEL,
-    CHANNEL_FAST,
+    CHANNEL_LESS_SURE_FAST,
+    DISTILLED,
     DYNAMIC,
     DYNAMIC_FAST,
     DYNAMIC_GROUPED,
+    DYNAMIC_LESS_SURE,
+    DYNAMIC_LESS_SURE_FAST,
     FIRST_IDEAS,
     FOURTH_IDEAS,
     LESS_SURE,
@@ -20,8 +23,8 @@ from benchmarks.quality.arms import (
     PAD_FOLLOWED,
     PAD_GROUPED,
     RANDOM,
-    RANDOM_FAST,
     RANDOM_GROUPED,
+    RANDOM_LESS_SURE_FAST,
     SECOND_IDEAS,
     SGD,
     STATIC,
@@ -40,7 +43,7 @@ EVERY = (*SEEDS, *FRESH)
 @dataclass(frozen=True, slots=True)
 class Experiment:
     """Every arm on every task from the same networks. Rates are chosen on the first seed's held-out data where a task
-    has several; or `rate` is taken: a first look, which proves nothing."""
+    has several; or `rate` is taken: a first look, which proves nothing. What needs a GPU is run on one, or by name."""
 
     title: str
     says: str
@@ -48,11 +51,26 @@ class Experiment:
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...] = SEEDS
     rate: float | None = None
+    needs_gpu: bool = False
 
 
 MAIN = (STATIC, DYNAMIC, PAD, RANDOM, CHANNEL)
 
-FASTER = (STATIC, DYNAMIC, DYNAMIC_FAST, PAD, PAD_FASTER, PAD_FAST, LESS_SURE_FAST, RANDOM_FAST, CHANNEL_FAST)
+#: the default's routers first: its fully dynamic arm is the one that others are held against
+FASTER = (
+    STATIC,
+    DYNAMIC_LESS_SURE_FAST,
+    DYNAMIC_LESS_SURE,
+    DYNAMIC_FAST,
+    DYNAMIC,
+    LESS_SURE,
+    LESS_SURE_FAST,
+    PAD,
+    PAD_FASTER,
+    PAD_FAST,
+    RANDOM_LESS_SURE_FAST,
+    CHANNEL_LESS_SURE_FAST,
+)
 
 SMALL = ("two domains (16 px", "sensors (16 px", "CIFAR-10 (16 px", "Fashion-MNIST (16 px")
 
@@ -78,13 +96,29 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "Finished sources, long, experts faster, other seeds",
         "The same with sources from three other seeds.",
         ("two domains (16 px, finished, long)", "CIFAR-10 (16 px, finished, long)"),
-        (STATIC, PAD, PAD_FAST, DYNAMIC_FAST, LESS_SURE_FAST, RANDOM_FAST, CHANNEL_FAST),
+        tuple(arm for arm in FASTER if arm not in (DYNAMIC, PAD_FASTER)),
         seeds=FRESH,
+    ),
+    Experiment(
+        "Distilled too",
+        "One seed: the loss of what the source says beside the one of the labels, weighed 0.5 as by default.",
+        ("sensors (16 px, finished, long)",),
+        (STATIC, LESS_SURE, *DISTILLED),
+        seeds=(0,),
+        rate=0.01,
+    ),
+    Experiment(
+        "AdamW at 0.001",
+        "One seed: the default rate of convolutional networks.",
+        ("sensors (16 px, finished, long)", "ResNet-20 to Fashion-MNIST (16 px)"),
+        (STATIC, PAD, LESS_SURE, LESS_SURE_FAST),
+        seeds=(0,),
+        rate=0.001,
     ),
     *(
         Experiment(
             f"SGD at {rate}",
-            f"One seed: what `train.optimizer: auto` takes for convolutions, all arms at {rate}.",
+            f"One seed, all arms at {rate}.",
             ("sensors (16 px, finished, long)",),
             SGD,
             seeds=(0,),
@@ -94,9 +128,22 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     ),
     Experiment(
         "A published network",
-        "One seed: the CIFAR ResNet-20 learns Fashion-MNIST, by AdamW and by SGD.",
+        "The CIFAR ResNet-20 learns Fashion-MNIST.",
         ("ResNet-20 to Fashion-MNIST (16 px)",),
-        (STATIC, DYNAMIC, PAD, LESS_SURE, PAD_FAST, LESS_SURE_FAST, PAD_FOLLOWED, *SGD),
+        (STATIC, PAD, LESS_SURE, LESS_SURE_FAST),
+    ),
+    Experiment(
+        "A published network, other arms",
+        "One seed: experts faster, and routers whose inputs are standardised by what they have become.",
+        ("ResNet-20 to Fashion-MNIST (16 px)",),
+        (STATIC, PAD_FAST, PAD_FOLLOWED),
+        seeds=(0,),
+    ),
+    Experiment(
+        "A published network, SGD",
+        "One seed.",
+        ("ResNet-20 to Fashion-MNIST (16 px)",),
+        SGD,
         seeds=(0,),
     ),
     Experiment(
@@ -118,6 +165,14 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         MAIN,
     ),
     Experiment(
+        "Depthwise",
+        "One seed, from a young source: a small network like MobileNetV2, whose depthwise filters stay static.",
+        ("CIFAR-10, mobile (16 px)",),
+        (STATIC, DYNAMIC_LESS_SURE, LESS_SURE, PAD),
+        seeds=(0,),
+        rate=0.01,
+    ),
+    Experiment(
         "Rates, long",
         "All at 0.03, where no grid of rates was run: whether 0.01 held them back.",
         tuple(f"{name} (16 px, finished, long)" for name in ("sensors", "Fashion-MNIST")),
@@ -135,7 +190,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Experiment(
         "Ideas, a fourth look",
         "One seed and one rate, from a finished source, dynamic entries at four times the rate: the partition, what is "
-        "converted, and how it is trained. What they came to is in [the log](decisions/recipe.md).",
+        "converted, and how it is trained. More is in [the log](decisions/recipe.md).",
         ("sensors (16 px, finished)",),
         (STATIC, DYNAMIC_FAST, PAD_FAST, *FOURTH_IDEAS),
         seeds=(0,),
@@ -144,7 +199,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Experiment(
         "Ideas, a third look",
         "One seed and one rate, from finished sources: what routers read, how experts begin and how fast they learn, "
-        "and an average of the weights. What they came to is in [the log](decisions/recipe.md).",
+        "and an average of the weights. More is in [the log](decisions/recipe.md).",
         ("sensors (16 px, finished)",),
         (STATIC, DYNAMIC, PAD, *THIRD_IDEAS),
         seeds=(0,),
@@ -152,7 +207,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     ),
     Experiment(
         "Ideas, a second look",
-        "One seed and one rate, from finished sources. What they came to is in [the log](decisions/recipe.md).",
+        "One seed and one rate, from finished sources. More is in [the log](decisions/recipe.md).",
         ("two domains (16 px, finished)", "CIFAR-10 (16 px, finished)"),
         (*MAIN, *SECOND_IDEAS),
         seeds=(0,),
@@ -189,5 +244,20 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         (STATIC, DYNAMIC, PAD, RANDOM, *TEXT_IDEAS),
         seeds=(0,),
         rate=1e-4,
+    ),
+    Experiment(
+        "Full size",
+        "Pictures of 32 × 32 pixels, and three to twelve times the steps for texts.",
+        (
+            *(
+                f"{name}32 px, finished, long)"
+                for name in ("two domains (", "sensors (", "CIFAR-10 (", "Fashion-MNIST (")
+            ),
+            "CIFAR-10, mobile (32 px, finished, long)",
+            "ResNet-20 to Fashion-MNIST (32 px)",
+            *(f"{name} (1500 steps)" for name in ("SST-2", "CoLA", "MRPC", "Subj", "SST-2 + CoLA + MRPC + Subj")),
+        ),
+        (STATIC, DYNAMIC, LESS_SURE, PAD, RANDOM, CHANNEL),
+        needs_gpu=True,
     ),
 )

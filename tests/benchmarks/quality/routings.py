@@ -69,12 +69,13 @@ def set_aligned_(model: nn.Module, trainer: Trainer, grouping: str) -> None:
     scales = [(points.mean(0), points.std(0).clamp_min(1e-6)) for points in pooled]
     standard = [(points - mean) / deviation for points, (mean, deviation) in zip(pooled, scales, strict=True)]
     experts = next(iter(layers.values())).num_experts
-    generator = Generator().manual_seed(trainer.setting.seed)
+    generator, wanted = Generator().manual_seed(trainer.setting.seed), trainer.policy.train.top_probability
+    assert wanted is not None, "an arm of the study says it"
     groups = GROUPINGS[grouping](standard, labels, experts, generator)
     target_NK = nn.functional.one_hot(groups, experts).double()
     for layer, points_NC, (mean, deviation) in zip(layers.values(), standard, scales, strict=True):
         assert isinstance(layer.router, Router), "only for linear routers"
-        _set_(layer.router, points_NC, target_NK, mean, deviation, trainer.policy.train.top_probability)
+        _set_(layer.router, points_NC, target_NK, mean, deviation, wanted)
 
 
 def _seen(model: nn.Module, layers: Mapping[str, PadLayer], trainer: Trainer) -> tuple[list[Tensor], Tensor]:
@@ -88,7 +89,12 @@ def _seen(model: nn.Module, layers: Mapping[str, PadLayer], trainer: Trainer) ->
 
 @torch.no_grad()
 def _set_(
-    router: Router, points_NC: Tensor, target_NK: Tensor, mean_C: Tensor, deviation_C: Tensor, top_probability: float
+    router: Router,
+    points_NC: Tensor,
+    target_NK: Tensor,
+    mean_C: Tensor,
+    deviation_C: Tensor,
+    top_probability: float,
 ) -> None:
     share_K = target_NK.mean(0)
     covariance_CC = points_NC.T @ points_NC / len(points_NC)

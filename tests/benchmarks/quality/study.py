@@ -89,7 +89,11 @@ class Results:
         self.folder = folder
         self.lines: list[Result] = []
         for path in sorted(folder.glob("*.jsonl")):
-            self.lines += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+                try:
+                    self.lines.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise SystemExit(f"{path}, line {number} is cut off ({error}): remove it") from error
 
     def of(self, run: Run) -> Result | None:
         key = json.loads(json.dumps(run.key))
@@ -129,8 +133,8 @@ def missing(experiments: Sequence[Experiment], results: Results, tasks: Sequence
         for seed in others:
             for task, arm in itertools.product(asked, experiment.arms):
                 rate = chosen_rate(results, task, arm, pilot) if experiment.rate is None else experiment.rate
-                assert rate is not None, "the pilot's runs came first"
-                yield Run(task, arm, seed, rate)
+                if rate is not None:  # else the pilot's own runs were left out
+                    yield Run(task, arm, seed, rate)
 
 
 # ---- one run -----------------------------------------------------------------------------------------------------
@@ -169,16 +173,17 @@ def same_source(one: Result, other: Result) -> bool:
     return abs(float(one["source_test"]["loss"]) - float(other["source_test"]["loss"])) < 1e-4
 
 
-def check_source(run: Run, results: Results, device: torch.device) -> None:
-    """Raises SystemExit where results of the same task and seed come from another source."""
+def other_source(run: Run, results: Results, device: torch.device) -> str:
+    """Why the run can be no pair of the results of its task and seed: they come from another source. Else empty."""
     ours = {"source_test": _source_test(run.task, run.seed, device)}
     key = {"task": run.task.name, "terms": run.task.said, "seed": run.seed}
     theirs = [line for line in results.lines if all(line[name] == value for name, value in key.items())]
-    if not all(same_source(ours, line) for line in theirs):
-        raise SystemExit(
-            f"{run.task.name}, seed {run.seed}: this machine has trained another source than the one its results come "
-            "from, and arms from two sources are no pairs. Take seeds that have no results, or remove those of this one"
-        )
+    if all(same_source(ours, line) for line in theirs):
+        return ""
+    return (
+        f"{run.task.name}, seed {run.seed}: left out. This machine has trained another source than the one its "
+        "results come from, and arms from two sources are no pairs. Take other seeds, or remove the results of this one"
+    )
 
 
 def _keep(what: object, path: Path) -> None:
@@ -311,19 +316,40 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(words)
     torch.set_num_threads(given.threads)
-    results, begun = Results(RESULTS), time.monotonic()
-    asked = [each for each in EXPERIMENTS if not given.experiment or each.title in given.experiment]
-    for run in missing(asked, results, given.task):
-        if results.of(run) is not None:
-            continue
-        if time.monotonic() - begun > 60 * given.minutes:
+    results, device = Results(RESULTS), torch.device(given.device)
+    asked = (
+        [each for each in EXPERIMENTS if each.title in given.experiment]
+        if given.experiment
+        else [each for each in EXPERIMENTS if device.type != "cpu" or not each.needs_gpu]
+    )
+    todo = (run for run in missing(asked, results, given.task) if results.of(run) is None)
+    try:
+        return run_all(todo, results, device, 60 * given.minutes)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def run_all(todo: Iterator[Run], results: Results, device: torch.device, seconds: float) -> int:
+    """How many seconds it may take before a run is begun. What cannot be paired is left out, and said once."""
+    begun, left_out, done = time.monotonic(), set[str](), 0
+    for run in todo:
+        if time.monotonic() - begun > seconds:
             print("out of time; the same command goes on", file=sys.stderr)
             return 0
-        check_source(run, results, torch.device(given.device))
-        result = run_one(run, torch.device(given.device))
+        why_not = other_source(run, results, device)
+        if why_not:
+            if why_not not in left_out:
+                print(why_not, file=sys.stderr)
+            left_out.add(why_not)
+            continue
+        result = run_one(run, device)
         results.add(run, result)
+        done += 1
         scores = f"{result['held_out'][run.task.metric]:.4f} held out, {result['test'][run.task.metric]:.4f} test"
         print(f"{run.task.name} · {run.arm.name} · seed {run.seed} · rate {run.rate}: {scores}", flush=True)
+    if not done:
+        print("nothing left to run", file=sys.stderr)
     return 0
 
 
