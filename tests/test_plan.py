@@ -420,6 +420,11 @@ def test_a_plan_is_read_strictly(path: tuple[str | int, ...], value: object, exp
         plan_from_json(edited(planned(partition__scope="layer"), *path, value=value))
 
 
+def test_the_rate_goes_with_the_optimizer() -> None:
+    for said, expected in (({}, 3e-4), ({"train__optimizer": "sgd"}, 0.01), ({"train__lr": 0.5}, 0.5)):
+        assert planned(**said).policy.train.lr == expected, said
+
+
 def test_routers_begin_surer_than_even() -> None:
     """With two experts, 0.5 is even routing: no expert would ever differ."""
     with pytest.raises(PolicyError, match=r"train\.top_probability: with 2 experts it is above 0\.5, where all are"):

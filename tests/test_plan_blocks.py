@@ -49,6 +49,11 @@ def counts(plan: Plan) -> dict[str, tuple[int, int | None, int | None]]:
 # ---- who is converted ------------------------------------------------------------------------------------------
 
 
+def test_blocks_are_trained_at_a_lower_rate() -> None:
+    assert planned(GATED).policy.train.lr == 2e-5
+    assert planned(GATED, train__optimizer="sgd").policy.train.lr == 0.01
+
+
 def test_a_proven_block_is_converted_as_a_whole_and_lone_layers_stay() -> None:
     plan = planned(GATED)
     whole = (Verdict.CONVERT, Reason.POLICY_DEFAULT)
