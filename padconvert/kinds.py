@@ -20,8 +20,8 @@ from padconvert.load.opened import Opened
 from padconvert.plan import Plan
 from padconvert.rewrite import pad_layers
 
-#: a mean separation from which inputs are called several kinds: networks above it (0.30, 0.35) gained 0.7 and 1.2
-#: points over the static network by a long fine-tune, those below (0.05, 0.16) less than half a point (docs/results.md)
+#: a mean separation from which inputs are called several kinds: networks of several domains have 0.30 and 0.35, of one
+#: 0.05 and 0.16. It does not tell how much is gained: that takes a long fine-tune of any of them (docs/results.md)
 SEVERAL = 0.2
 
 

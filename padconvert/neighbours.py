@@ -20,11 +20,12 @@ from padconvert.finetune.resume import WorkDir
 from padconvert.finetune.train import Trainer
 from padconvert.finetune.usage import router_use
 from padconvert.fold import fold_
+from padconvert.layers.kmeans import usual_top_probability
 from padconvert.load.opened import Opened
 from padconvert.options import ConvertOptions
 from padconvert.partition import Partitioner
 from padconvert.plan import Plan, plan_to_json
-from padconvert.policy import Train, settings_of
+from padconvert.policy import settings_of
 from padconvert.precision import restore_dtypes_, upcast_
 from padconvert.progress import Progress
 from padconvert.results import Comparison, RouterUse
@@ -65,19 +66,21 @@ def train_(
     if not before.metrics:
         return Trained(None, history, routers)
     fine_tuned, whole = (each.metrics if each is not None else None for each in (static, full))
-    mends = what_mends(plan.policy.train)
+    mends = what_mends(plan)
     said = verdict(after, static, mends)
     cost = training_cost(after, before, "" if mends in said else mends)
     compared = Comparison(before.metrics, after.metrics, fine_tuned, whole, said)
     return Trained(compared, history, routers, (cost,) if cost else ())
 
 
-def what_mends(train: Train) -> str:
+def what_mends(plan: Plan) -> str:
     """What to try where the output does worse than the static control: what did it in the study (docs/results.md)."""
+    train, choices = plan.policy.train, [layer.choice for layer in plan.converted if layer.choice is not None]
+    asked = train.top_probability
     tries = [f"a lower learning rate (--lr, now {train.lr:g})"]
     if train.expert_lr_scale > 1:
         tries.insert(0, "experts that learn as fast as the rest (--set train.expert_lr_scale=1)")
-    if train.top_probability is not None:
+    if asked is not None and any(asked > usual_top_probability(each.num_experts, each.top_k) for each in choices):
         tries.insert(0, "routers that start less sure (--set train.top_probability=null)")
     return f"Try {', '.join(tries[:-1])}{' or ' if tries[:-1] else ''}{tries[-1]}."
 

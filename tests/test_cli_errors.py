@@ -253,10 +253,11 @@ CASES: list[tuple[str, int, tuple[str, ...]]] = [
     ("convert model.pt --compare", 2, ("--compare", "--data")),
     (f"convert model.pt --compare --data unlabelled.npz {STEPS}", 2, ("--compare", "nothing is trained", "augment")),
     # ---- training
-    (f"convert model.pt --data data.npz --lr 1e30 {STEPS}", 7, ("not finite at step", "first seen in", "--lr")),
+    (f"convert model.pt --data data.npz --lr 1e30 {STEPS}", 7, ("not finite at step", "the output of layer", "--lr")),
     (f"convert model.pt --data data.npz --lr 1e8 {STEPS}", 7, ("not finite", "layer", "learning rate")),
     (f"convert model.pt --data data.npz --lr -1 {STEPS}", 2, ("--lr", "greater than 0")),
     (f"convert model.pt --data data.npz --lr nan {STEPS}", 2, ("--lr", "finite")),
+    (f"convert model.pt --data data.npz --set train.expert_lr_scale=0 {STEPS}", 2, ("expert_lr_scale", "than 0")),
     ("convert model.pt --data data.npz --steps 0", 2, ("--steps", "1")),
     ("convert model.pt --data data.npz --steps 3 --set train.warmup=0", 2, ("train.steps 3", "before any step")),
     ("convert model.pt --data data.npz --batch-size 0", 2, ("--batch-size", "1")),

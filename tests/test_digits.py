@@ -209,6 +209,27 @@ def test_comparison_on_two_sensors(folder: Path, tmp_path: Path) -> None:
     assert next(check.value for check in held.checks if check.name == "accuracy") == metrics.output["accuracy"]
 
 
+def test_a_fine_tune_that_costs_accuracy_is_warned_of(folder: Path, tmp_path: Path) -> None:
+    ruined = options(folder, tmp_path / "out", train__lr=0.3, partition__score="random")
+    done = convert(folder / "model.pt", ruined)
+    before, after = accuracies(done)
+    assert after < before
+    assert done.warnings[0].startswith("The output does worse than its source, untrained: −")
+    assert done.warnings[0].endswith("Try a lower learning rate (--lr, now 0.3).")
+    gentle = convert(folder / "model.pt", replace(ruined, sets=("train.lr=1.0e-7", "partition.score=random")))
+    assert not any("its source" in line for line in gentle.warnings)
+
+
+def test_a_verdict_after_a_loss_comes_with_what_to_try(folder: Path, tmp_path: Path) -> None:
+    """The experts alone learn far too fast: the static control does not suffer."""
+    asked = options(folder, tmp_path / "out", train__lr=0.001, train__expert_lr_scale=1000, partition__score="random")
+    done = convert(folder / "model.pt", replace(asked, compare=True))
+    assert done.metrics is not None
+    assert done.metrics.verdict.startswith("A loss against fine-tuning the static model")
+    assert done.metrics.verdict.endswith("(--set train.expert_lr_scale=1) or a lower learning rate (--lr, now 0.001).")
+    assert done.warnings[0].endswith("is chance.")  # said once
+
+
 def test_going_on_from_a_data_free_artefact_chooses_anew(folder: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "free.pad.safetensors", tmp_path / "trained.pad.safetensors"
     convert(folder / "model.pt", ConvertOptions(output=first))

@@ -276,6 +276,26 @@ def test_an_accuracy_that_nothing_can_measure_is_refused_before_any_work(
     assert (here / "out.st").read_bytes() == OLD
 
 
+@pytest.mark.parametrize("asked", ["--compare", "--set train.compare=true"])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--data data.npz --set data.holdout=0", "nothing is held out"),
+        ("--data data.npz --eval-data unlabelled.npz", "no labels"),
+        ("--data unlabelled.npz --set data.augment=[flip]", "no labels"),
+    ],
+)
+def test_a_comparison_of_nothing_is_refused_before_any_work(
+    words: str, said: str, asked: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_work(monkeypatch)
+    code, document, _ = run(*asked.split(), *words.split(), *STEPS, capsys=capsys)
+    assert code == 2
+    assert "--compare: " in document["error"]
+    assert said in document["error"]
+    assert (here / "out.st").read_bytes() == OLD
+
+
 # strict
 
 

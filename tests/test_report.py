@@ -23,7 +23,6 @@ import report_cases as cases
 from padconvert.account import card_lines, training_cost, verdict
 from padconvert.finetune.evaluate import Judged
 from padconvert.neighbours import what_mends
-from padconvert.policy import load_policy
 from padconvert.report import json_document, numbers, terminal
 from padconvert.report.html import page
 from padconvert.report.layers_table import layers_table
@@ -31,6 +30,7 @@ from padconvert.report.progress import Bar, shown
 from padconvert.report.routers import routers_table
 from padconvert.results import COLLAPSED, STARVED, Check, Comparison, LayerResult, Result, Verification
 from padconvert.words import Reason
+from test_plan import planned
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -450,14 +450,26 @@ def test_a_verdict_knows_chance(only_output: int, only_static: int, samples: int
 def test_after_a_loss_a_verdict_says_what_to_try() -> None:
     worse, better = torch.zeros(40, dtype=torch.float64), torch.ones(40, dtype=torch.float64)
     lost, won = (Judged({"accuracy": float(right_N.mean())}, right_N) for right_N in (worse, better))
-    train = load_policy(overrides={"train.lr": 0.003}).policy.train
-    assert verdict(lost, won, what_mends(train)).endswith("is chance. Try a lower learning rate (--lr, now 0.003).")
-    assert "Try" not in verdict(won, lost, what_mends(train))
-    tried = load_policy(overrides={"train.lr": 0.003, "train.expert_lr_scale": 4, "train.top_probability": 0.9})
-    assert what_mends(tried.policy.train) == (
-        "Try routers that start less sure (--set train.top_probability=null), experts that learn as fast as the rest "
-        "(--set train.expert_lr_scale=1) or a lower learning rate (--lr, now 0.003)."
-    )
+    assert verdict(lost, won, "Try.").endswith("is chance. Try.")
+    assert "Try" not in verdict(won, lost, "Try.")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "Try a lower learning rate (--lr, now 0.0003)."),
+        (
+            {"train__top_probability": 0.9, "train__expert_lr_scale": 4, "train__lr": 0.003},
+            "Try routers that start less sure (--set train.top_probability=null), experts that learn as fast as the "
+            "rest (--set train.expert_lr_scale=1) or a lower learning rate (--lr, now 0.003).",
+        ),
+        # null would be surer
+        ({"train__top_probability": 0.4}, "Try a lower learning rate (--lr, now 0.0003)."),
+        ({"train__expert_lr_scale": 0.5}, "Try a lower learning rate (--lr, now 0.0003)."),
+    ],
+)
+def test_what_to_try_is_what_was_asked_for(settings: dict[str, Any], said: str) -> None:
+    assert what_mends(planned(**settings)) == said
 
 
 def test_an_output_worse_than_its_source_is_warned_of() -> None:
